@@ -1,0 +1,91 @@
+"""OCAP: on-device class-aware pruning. Ma et al., Journal of Systems Architecture, 2023.
+
+Every image of the selected classes ranks a layer's filters by the L2 norm of their activated response; at ratio r it
+votes to remove its floor(C * r) weakest. `union`: a filter goes only if *every* image removes it (the kept sets are
+united, the paper's AB), so the achieved ratio is an outcome. `frequency`: the floor(C * r) filters kept by the fewest
+images go (the paper's FR).
+
+An image's vote depends on the ratio only through its ranking, so one integer a filter answers every ratio: the
+highest rank an image ever gave it (union), or how often each rank was given (frequency).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import ConfigError
+from filter_selection.base import FilterIndices, ResponseCriterion, Scores, register
+from helpers import share_of
+
+
+@register("ocap")
+class OCAP(ResponseCriterion):
+    """Scores: union [C], the highest rank any image gave; frequency [C, C], column k: images that keep the filter
+    when they remove k."""
+
+    class_aware = True
+    scopes = ("layer",)
+
+    def __init__(
+        self,
+        *,
+        activation_func: str = "leaky_relu",
+        negative_slope: float = 0.01,
+        aggregation: str = "union",
+        seed: int = 0,
+    ):
+        super().__init__(seed=seed)
+        activations = {
+            "leaky_relu": lambda response: F.leaky_relu(response, negative_slope),
+            "relu": F.relu,
+            "identity": torch.clone,
+        }
+        if activation_func not in activations:
+            raise ConfigError(
+                f"pruning.activation_func: {activation_func!r} is unknown; valid: {', '.join(activations)}"
+            )
+        if aggregation not in ("union", "frequency"):
+            raise ConfigError(f"pruning.aggregation: {aggregation!r} is unknown; valid: union, frequency")
+        self.activate = activations[activation_func]
+        self.aggregation = aggregation
+        self.nested = aggregation == "union"  # counts at one ratio say nothing of the counts at another
+
+    def start(self, filters: int) -> Tensor:
+        shape = (filters,) if self.aggregation == "union" else (filters, filters)
+        return torch.zeros(shape, dtype=torch.int64)
+
+    def observe(self, state: Tensor, response: Tensor) -> Tensor:
+        ranks = ranks_of(self.activate(response).square_().sum(dim=(2, 3)))
+        if self.aggregation == "union":
+            return torch.maximum(state, ranks.amax(dim=0))
+        return state.scatter_add_(1, ranks.T.contiguous(), torch.ones_like(ranks.T))
+
+    def finish(self, state: Tensor, images: int) -> Tensor:
+        if self.aggregation == "union":
+            return state
+        return state.flip(1).cumsum(1).flip(1)  # [filter, k]: images that rank the filter k or higher
+
+    def select(self, scores: Scores, ratio: float, scope: str = "layer", min_filters: int = 1) -> FilterIndices:
+        chosen = {}
+        for layer, values in scores.items():
+            filters = len(values)
+            votes = min(share_of(ratio, filters), filters - min_filters)  # removed per image
+            if self.aggregation == "union":
+                removed = torch.nonzero(values < votes).flatten()
+            else:
+                removed = torch.argsort(values[:, max(votes, 0)], stable=True)[: max(votes, 0)]
+            if len(removed):
+                chosen[layer] = sorted(removed.tolist())
+        return chosen
+
+
+def ranks_of(strength: Tensor) -> Tensor:
+    """[N, C] -> the position of each filter in its image's ascending order, ties by index.
+
+    The squared norm ranks as the norm does, so the root is never taken.
+    """
+    order = torch.argsort(strength, dim=1, stable=True)
+    positions = torch.arange(strength.shape[1], device=strength.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, positions)

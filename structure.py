@@ -1,0 +1,286 @@
+"""What a network's graph says of its filters: where each one's response is read, and which filters go together.
+
+The graph is traced with torch.fx, so that nothing here knows an architecture by name. Every channel of every tensor
+carries the number of the filter that made it; the numbers travel through the network the way the channels do (pooling
+keeps them, concatenation joins them, flattening repeats them, a residual add declares two of them the same).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torchvision.ops import stochastic_depth
+
+from errors import BenchmarkError
+from helpers import evaluating
+
+NORMS = (nn.BatchNorm2d,)
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.ELU, nn.Sigmoid, nn.Hardsigmoid)
+PASSING = (nn.Dropout, nn.Dropout2d, nn.Identity)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+ACTIVATION_CALLS = {F.relu, F.relu6, F.leaky_relu, F.hardswish, F.silu, F.gelu, F.hardsigmoid, torch.relu,
+                    torch.sigmoid, "relu", "relu_", "sigmoid"}  # fmt: skip
+PASSING_CALLS = {F.dropout, stochastic_depth, torch.clone, "clone"}  # as they are in evaluation mode
+POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+RESHAPES = {torch.flatten, torch.cat, torch.chunk, torch.split, torch.transpose, torch.permute, torch.reshape,
+            torch.squeeze, torch.unsqueeze, operator.getitem, "flatten", "view", "reshape", "permute", "transpose",
+            "chunk", "split", "squeeze", "unsqueeze", "contiguous", "size"}  # fmt: skip
+FIXED = -1  # the number of a channel that no filter made: the image, a linear layer's output
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where the response of a convolution's filters is read: the output of graph node `node`."""
+
+    layer: str
+    node: str
+    filters: int
+
+
+class ModelGraph:
+    """The traced graph of one network and the facts read off it. The network itself is shared, never copied or changed.
+
+    Args:
+        model: a network of convolutions that torch.fx can trace.
+        input_shape: (C, H, W) of one image.
+
+    Raises:
+        BenchmarkError: the network cannot be traced, has no convolution, or uses one convolution twice.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: tuple[int, int, int]):
+        self.model = model
+        self.input_shape = tuple(input_shape)
+        with evaluating(model), torch.no_grad():
+            try:
+                self.module = fx.symbolic_trace(model)
+            except Exception as error:  # torch.fx raises whatever the network's own code raises
+                raise BenchmarkError(
+                    f"{type(model).__name__}: its graph cannot be traced by torch.fx ({error}); "
+                    "control flow that depends on the data is not supported"
+                ) from error
+            parameter = next(model.parameters())
+            example = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
+            try:
+                ShapeProp(self.module).propagate(example)
+            except Exception as error:  # whatever the layer that does not fit raises
+                reason = str(error.__cause__ or error).splitlines()[0]
+                raise BenchmarkError(
+                    f"{type(model).__name__}: an image of shape {self.input_shape} does not pass through it ({reason})"
+                ) from error
+        self._modules = dict(self.module.named_modules())
+        self.conv_nodes = self._find_convs()
+
+    def _find_convs(self) -> dict[str, fx.Node]:
+        nodes: dict[str, fx.Node] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "call_module" and isinstance(self._modules[node.target], nn.Conv2d):
+                if node.target in nodes:
+                    raise BenchmarkError(f"{node.target}: runs twice in one pass; a filter of it has no single response")
+                nodes[node.target] = node
+        if not nodes:
+            raise BenchmarkError(f"{type(self.model).__name__}: no Conv2d runs in it, so there is no filter to prune")
+        return nodes
+
+    @property
+    def convs(self) -> tuple[str, ...]:
+        """Every convolution that runs, in the order of the graph."""
+        return tuple(self.conv_nodes)
+
+    def conv(self, layer: str) -> nn.Conv2d:
+        return self._modules[layer]
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """The module a node calls, None for a function."""
+        return self._modules[node.target] if node.op == "call_module" else None
+
+    def is_activation(self, node: fx.Node) -> bool:
+        return isinstance(self.module_of(node), ACTIVATIONS) or (
+            node.op != "call_module" and node.target in ACTIVATION_CALLS
+        )
+
+    def tap(self, layer: str) -> Tap:
+        """The response of `layer`: its BatchNorm's output, else its activation's, else its own (METHODS, *Response*).
+
+        A consumer counts only where it is the sole one, since what several consumers read is the convolution itself.
+        """
+        node = self.conv_nodes[layer]
+        users = list(node.users)
+        if len(users) == 1 and (isinstance(self.module_of(users[0]), NORMS) or self.is_activation(users[0])):
+            node = users[0]
+        return Tap(layer, node.name, self.conv(layer).out_channels)
+
+    @cached_property
+    def channels(self) -> ChannelNumbers:
+        """The filter numbers of every tensor's channels."""
+        with torch.no_grad():
+            return ChannelNumbers(self)
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """Convolutions whose filters cannot be removed on their own -> the reason (the `skip` policy)."""
+        return self.channels.reasons()
+
+    @property
+    def prunable(self) -> tuple[str, ...]:
+        """Convolutions whose filters can be removed one by one, in the order of the graph."""
+        return tuple(layer for layer in self.convs if layer not in self.left_out)
+
+
+class ChannelNumbers(fx.Interpreter):
+    """Sends filter numbers through the graph in place of activations.
+
+    Every value is an int64 tensor of the true shape for one image. Operations that only move values (flatten, cat,
+    chunk, view, permute) run on the numbers as they are; the others are given by their effect on channels. An operation
+    that is not known pins the channels it reads: their filters are left out by name rather than removed on a guess.
+    """
+
+    def __init__(self, graph: ModelGraph):
+        super().__init__(graph.module)
+        self.network = graph
+        self.first: dict[str, int] = {}  # convolution -> number of its filter 0
+        self.parent: list[int] = []  # union-find over filter numbers
+        self.pinned: dict[int, str] = {}  # filter number -> why it must stay
+        self.inputs: dict[str, Tensor] = {}  # node that consumes channels -> their numbers
+        self.followers: dict[str, str] = {}  # depthwise convolution -> the reason it has no filters of its own
+        self.run(torch.full((1, *graph.input_shape), FIXED))
+
+    def find(self, number: int) -> int:
+        while self.parent[number] != number:
+            self.parent[number] = self.parent[self.parent[number]]
+            number = self.parent[number]
+        return number
+
+    def pin(self, numbers: Tensor, reason: str) -> None:
+        for number in numbers.unique().tolist():
+            if number != FIXED:
+                self.pinned.setdefault(number, reason)
+
+    def tie(self, one: Tensor, other: Tensor, reason: str) -> Tensor:
+        """Two tensors combined element by element: their channels stay or go together."""
+        one, other = torch.broadcast_tensors(one, other)
+        pairs = torch.stack((one.flatten(), other.flatten())).unique(dim=1)
+        for a, b in pairs.T.tolist():
+            if FIXED in (a, b):
+                self.pin(torch.tensor([a, b]), reason)
+            else:
+                self.parent[self.find(b)] = self.find(a)
+        return torch.where(one == FIXED, other, one)
+
+    def run_node(self, node: fx.Node):
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.op == "placeholder":
+            return super().run_node(node)
+        if node.op == "get_attr":
+            return torch.full_like(self.fetch_attr(node.target), FIXED, dtype=torch.int64)
+        if node.op == "output":
+            self._pin_all(args, "it is the network's output")
+            return args[0]
+        module = self.network.module_of(node)
+        if module is not None:
+            return self._module(node, module, args[0], args)
+        return self._function(node, args, kwargs)
+
+    def _pin_all(self, values, reason: str) -> None:
+        fx.node.map_aggregate(values, lambda value: self.pin(value, reason) if isinstance(value, Tensor) else None)
+
+    def _module(self, node: fx.Node, module: nn.Module, numbers: Tensor, args: tuple):
+        if isinstance(module, nn.Conv2d):
+            return self._conv(node, module, numbers)
+        if isinstance(module, nn.Linear):
+            self.inputs[node.name] = numbers[(0,) * (numbers.dim() - 1)].clone()
+            return self._like(node)
+        if isinstance(module, (*ACTIVATIONS, *PASSING)):
+            return numbers
+        if isinstance(module, NORMS):
+            self.inputs[node.name] = numbers[0, :, 0, 0].clone()
+            return numbers
+        if isinstance(module, POOLS):
+            return self._pooled(node, numbers)
+        if isinstance(module, (nn.Flatten, nn.ChannelShuffle)):
+            return module(numbers)
+        return self._unknown(node, args)
+
+    def _conv(self, node: fx.Node, conv: nn.Conv2d, numbers: Tensor) -> Tensor:
+        channels = numbers[0, :, 0, 0].clone()
+        self.inputs[node.name] = channels
+        shape = node.meta["tensor_meta"].shape
+        # One input channel and one group is an ordinary convolution of a grey image, not a depthwise one.
+        if conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels:
+            self.followers[node.target] = "depthwise: its filters go with the channels it reads"
+            return channels.view(1, -1, 1, 1).expand(shape)
+        start = len(self.parent)
+        self.first[node.target] = start
+        self.parent.extend(range(start, start + conv.out_channels))
+        new = torch.arange(start, start + conv.out_channels)
+        if conv.groups > 1:
+            self.pin(channels, f"it feeds {node.target}, a grouped convolution")
+            self.pin(new, "it is a grouped convolution")
+        return new.view(1, -1, 1, 1).expand(shape)
+
+    def _function(self, node: fx.Node, args: tuple, kwargs: dict):
+        target = node.target
+        if target in ADDS or target in PRODUCTS:
+            tensors = [value for value in args[:2] if isinstance(value, Tensor)]
+            if len(tensors) == 1:
+                return tensors[0]
+            word = "a residual add" if target in ADDS else "a product"
+            return self.tie(*tensors, f"it is joined by {word} with channels that must stay")
+        if target in ACTIVATION_CALLS or target in PASSING_CALLS:
+            return args[0]
+        if target in POOL_CALLS or target in (torch.mean, "mean"):
+            return self._pooled(node, args[0])
+        if target is getattr and isinstance(args[0], Tensor) and args[1] == "shape":
+            return args[0].shape
+        if target in RESHAPES:
+            return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+        if not any(isinstance(value, Tensor) for value in args):  # arithmetic on sizes
+            return target(*args, **kwargs)
+        return self._unknown(node, args)
+
+    def _pooled(self, node: fx.Node, numbers: Tensor) -> Tensor:
+        shape = node.meta["tensor_meta"].shape
+        kept = numbers[:, :, :1, :1]
+        return kept.expand(shape) if len(shape) == 4 else kept[:, :, 0, 0].expand(shape)
+
+    def _like(self, node: fx.Node) -> Tensor:
+        return torch.full(node.meta["tensor_meta"].shape, FIXED)
+
+    def _unknown(self, node: fx.Node, args: tuple):
+        name = type(self.network.module_of(node)).__name__ if node.op == "call_module" else getattr(node.target, "__name__", node.target)
+        fx.node.map_aggregate(args, lambda v: self.pin(v, f"it feeds {node.name} ({name})") if isinstance(v, Tensor) else None)
+        return self._like(node)
+
+    def groups(self) -> dict[int, set[str]]:
+        """Root of a set of tied filter numbers -> the convolutions whose filters are in it."""
+        groups: dict[int, set[str]] = {}
+        for layer, start in self.first.items():
+            for number in range(start, start + self.network.conv(layer).out_channels):
+                groups.setdefault(self.find(number), set()).add(layer)
+        return groups
+
+    def reasons(self) -> dict[str, str]:
+        groups = self.groups()
+        pinned = {self.find(number): reason for number, reason in self.pinned.items()}
+        reasons = {}
+        for layer in self.network.convs:
+            if layer in self.followers:
+                reasons[layer] = self.followers[layer]
+                continue
+            start = self.first[layer]
+            for root in {self.find(n) for n in range(start, start + self.network.conv(layer).out_channels)}:
+                if root in pinned:
+                    reasons[layer] = pinned[root]
+                elif groups[root] != {layer}:
+                    others = sorted(groups[root] - {layer})
+                    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                    reasons[layer] = f"on a residual stream: tied to {others[0]}{more}"
+        return reasons
