@@ -70,7 +70,7 @@ class ModelGraph:
             parameter = next(model.parameters())
             example = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
             try:
-                ShapeProp(self.module).propagate(example)
+                self.output_shape = ShapeProp(self.module).propagate(example).shape
             except Exception as error:  # whatever the layer that does not fit raises
                 reason = str(error.__cause__ or error).splitlines()[0]
                 raise BenchmarkError(
@@ -130,6 +130,11 @@ class ModelGraph:
         return self.channels.reasons()
 
     @property
+    def followers(self) -> dict[str, str]:
+        """Depthwise convolutions, which have no filters of their own to choose -> the reason."""
+        return self.channels.followers
+
+    @property
     def prunable(self) -> tuple[str, ...]:
         """Convolutions whose filters can be removed one by one, in the order of the graph."""
         return tuple(layer for layer in self.convs if layer not in self.left_out)
@@ -150,6 +155,7 @@ class ChannelNumbers(fx.Interpreter):
         self.parent: list[int] = []  # union-find over filter numbers
         self.pinned: dict[int, str] = {}  # filter number -> why it must stay
         self.inputs: dict[str, Tensor] = {}  # node that consumes channels -> their numbers
+        self.outputs: dict[str, Tensor] = {}  # convolution -> the numbers of its output channels
         self.followers: dict[str, str] = {}  # depthwise convolution -> the reason it has no filters of its own
         self.run(torch.full((1, *graph.input_shape), FIXED))
 
@@ -216,11 +222,12 @@ class ChannelNumbers(fx.Interpreter):
         # One input channel and one group is an ordinary convolution of a grey image, not a depthwise one.
         if conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels:
             self.followers[node.target] = "depthwise: its filters go with the channels it reads"
+            self.outputs[node.target] = channels
             return channels.view(1, -1, 1, 1).expand(shape)
         start = len(self.parent)
         self.first[node.target] = start
         self.parent.extend(range(start, start + conv.out_channels))
-        new = torch.arange(start, start + conv.out_channels)
+        new = self.outputs[node.target] = torch.arange(start, start + conv.out_channels)
         if conv.groups > 1:
             self.pin(channels, f"it feeds {node.target}, a grouped convolution")
             self.pin(new, "it is a grouped convolution")

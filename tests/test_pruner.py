@@ -1,0 +1,157 @@
+"""The pruned network computes what the dense one computes with the removed filters' responses zeroed."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from errors import BenchmarkError
+from filter_selection import get_criterion
+from pruner import DepGraphPruner, get_pruner
+from structure import ModelGraph
+from tests.oracles import masked
+
+SHAPE = (3, 32, 32)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """float64, with BatchNorm statistics as training would leave them: a zero mean hides what a wrong slice does."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.3, generator=generator)
+    return model.double().eval()
+
+
+class Small(nn.Module):
+    """Conv and BatchNorm, a residual add, a depthwise pair, a concatenation, and a flatten with more than one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.inner = nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(inplace=True))
+        self.back = nn.Conv2d(5, 6, 1)
+        self.wide = nn.Sequential(nn.Conv2d(6, 7, 1), nn.BatchNorm2d(7), nn.ReLU6(inplace=True))
+        self.depthwise = nn.Sequential(nn.Conv2d(7, 7, 3, groups=7, padding=1), nn.BatchNorm2d(7), nn.ReLU6())
+        self.left = nn.Sequential(nn.Conv2d(7, 4, 3, stride=2), nn.ReLU(inplace=True))
+        self.right = nn.Sequential(nn.Conv2d(7, 3, 3, stride=2), nn.LeakyReLU(0.1))
+        self.squeeze = nn.Conv2d(7, 4, 1)
+        self.head = nn.Linear(4 * 3 * 3, 5)
+
+    def forward(self, x):
+        x = self.stem(nn.functional.max_pool2d(x, 4))
+        x = torch.relu(x + self.back(self.inner(x)))
+        x = self.depthwise(self.wide(x))
+        x = self.squeeze(torch.cat((self.left(x), self.right(x)), 1))
+        return self.head(torch.flatten(x, 1))
+
+
+def assert_equal_to_masking(graph: ModelGraph, indices: dict[str, list[int]], pruner: str) -> None:
+    images = torch.randn(2, *graph.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    pruned = get_pruner(pruner, graph).prune(indices)
+    with torch.no_grad():
+        actual = pruned(images)
+        with masked(graph, indices) as model:
+            expected = model(images)
+        unpruned = graph.model(images)
+    assert (actual - expected).abs().max() <= 1e-9 * expected.abs().max()
+    if any(indices.values()):
+        assert not torch.equal(actual, unpruned)  # masking the wrong place would make the equality empty
+
+
+@pytest.fixture(scope="module")
+def small() -> ModelGraph:
+    torch.manual_seed(0)
+    return ModelGraph(lively(Small()), SHAPE)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_subset_that_leaves_one_filter_equals_masking(small, data):
+    indices = {}
+    for layer in small.prunable:
+        width = small.conv(layer).out_channels
+        chosen = data.draw(st.sets(st.integers(0, width - 1), max_size=width - 1), label=layer)
+        if chosen:
+            indices[layer] = sorted(chosen)
+    assert_equal_to_masking(small, indices, "depgraph")
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("ratio", [0.3, 0.999])
+def test_torchvision_models_equal_masking(name, ratio):
+    torch.manual_seed(0)
+    graph = ModelGraph(lively(getattr(torchvision.models, name)(num_classes=10)), SHAPE)
+    criterion = get_criterion("random", seed=3)
+    indices = criterion.select(criterion.score(graph, graph.prunable), ratio, "layer")
+    assert all(indices[layer] for layer in graph.prunable)
+    assert_equal_to_masking(graph, indices, "depgraph")
+
+
+def test_a_library_that_removes_too_much_is_caught():
+    """torch-pruning 1.6.1 miscounts a concatenation that is flattened with more than one pixel a channel."""
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 3, 3), nn.Linear(7 * 9, 5)
+
+        def forward(self, x):
+            return self.head(torch.flatten(torch.cat((self.left(x), self.right(x)), 1), 1))
+
+    graph = ModelGraph(Joined().double().eval(), (3, 5, 5))
+    with pytest.raises(BenchmarkError, match="filters were to go, but"):
+        DepGraphPruner(graph).prune({"right": [0]})
+
+
+def test_the_dense_network_is_untouched(small):
+    before = copy.deepcopy(small.model.state_dict())
+    flags = [(p.requires_grad, p.grad) for p in small.model.parameters()]
+    pruned = DepGraphPruner(small).prune({"inner.0": [0, 2]})
+    assert pruned.inner[0].out_channels == 3 and small.model.inner[0].out_channels == 5
+    assert all(torch.equal(before[key], value) for key, value in small.model.state_dict().items())
+    assert [(p.requires_grad, p.grad) for p in small.model.parameters()] == flags
+    assert all(p.requires_grad and p.grad is None for p in pruned.parameters())
+
+
+def test_nothing_to_remove_is_a_copy(small):
+    images = torch.randn(2, *SHAPE, dtype=torch.float64)
+    pruned = DepGraphPruner(small).prune({})
+    assert pruned is not small.model
+    with torch.no_grad():
+        assert torch.equal(pruned(images), small.model(images))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ({"inner.0": [5]}, "inner.0: has no filter 5; valid: 0 to 4"),
+        ({"inner.0": [-1]}, "inner.0: has no filter -1"),
+        ({"inner.0": [1, 1]}, "inner.0: its indices are not sorted and unique"),
+        ({"inner.0": [2, 1]}, "inner.0: its indices are not sorted and unique"),
+        ({"inner.0": [0, 1, 2, 3, 4]}, "inner.0: all 5 filters are to go"),
+        ({"outer.0": [0]}, "outer.0: is not a convolution of this network"),
+        ({"head": [0]}, "head: is not a convolution of this network"),
+        ({"back": [0]}, "back: its filters cannot be removed on their own: on a residual stream: tied to stem.0"),
+        ({"depthwise.0": [0]}, "depthwise.0: its filters cannot be removed on their own: depthwise"),
+    ],
+)
+def test_indices_that_cannot_be_removed_are_refused(small, indices, message):
+    with pytest.raises(BenchmarkError, match=message.replace("(", r"\(")):
+        DepGraphPruner(small).prune(indices)
+
+
+def test_a_prune_that_changes_nothing_is_an_error(small):
+    class Lazy(DepGraphPruner):
+        def _remove(self, model, indices):
+            pass
+
+    with pytest.raises(BenchmarkError, match="inner.0: 2 filters were to go, but 0 of 5 went"):
+        Lazy(small).prune({"inner.0": [0, 1]})
