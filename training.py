@@ -1,0 +1,317 @@
+"""One loop, `fit`, for the training of the dense model and for every retraining after pruning."""
+
+import copy
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from errors import BenchmarkError
+
+log = logging.getLogger(__name__)
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("cosine", "step", "none")
+STEP_MILESTONES = (0.5, 0.75)  # shares of the run after which `step` divides by 10; He et al., CVPR 2016, section 4.2
+REFRESH_SECONDS = {True: 0.2, False: 10.0}  # between two drawings of the progress bar, on a terminal and in a log file
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """How to train. patience: epochs without a better validation result before stopping; None never stops early.
+
+    Raises ValueError for values that cannot be trained with.
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    scheduler: str = "cosine"
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS or self.scheduler not in SCHEDULES:
+            raise ValueError(f"{self.optimizer!r} must be of {OPTIMIZERS}, {self.scheduler!r} of {SCHEDULES}")
+        if self.epochs < 0 or not 0 < self.lr < math.inf or (self.patience is not None and self.patience < 1):
+            raise ValueError(f"epochs must be >= 0, lr positive, patience None or >= 1: {self}")
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """What one epoch came to. Losses are means per image, in nats; accuracies are fractions of images.
+
+    epoch counts from 1; lr is that of the epoch's first step; seconds include validation.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    lr: float
+    seconds: float
+
+    def better_than(self, other: "EpochRow | None") -> bool:
+        """Higher validation accuracy, or the same and a lower validation loss."""
+        if other is None:
+            return True
+        mine = (self.validation_accuracy, -self.validation_loss)
+        return mine > (other.validation_accuracy, -other.validation_loss)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A trained copy with the weights of `best_epoch` (0: none was trained), in eval mode; seconds of the whole fit."""
+
+    model: nn.Module
+    history: list[EpochRow]
+    best_epoch: int
+    seconds: float
+
+
+@dataclass
+class Tally:
+    """Sums over the images seen so far, held on the device: reading them, not adding to them, waits for the device."""
+
+    device: torch.device
+    images: int = 0
+    _loss: Tensor = field(init=False)
+    _correct: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: its mean loss (a scalar), logits [B, classes], labels [B]."""
+        self.images += len(labels)
+        self._loss += loss.detach().double() * len(labels)
+        self._correct += (logits.detach().argmax(1) == labels).sum()
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of an image; not finite from the first batch on whose loss was not."""
+        return self._loss.item() / self.images
+
+    @property
+    def accuracy(self) -> float:
+        """Correctly classified images over images seen."""
+        return self._correct.item() / self.images
+
+
+def training_plan(training: Any) -> FitPlan:
+    """The plan of the dense model's training, out of the settings under `training`."""
+    return _plan(training, training.epochs, training.lr)
+
+
+def retraining_plan(training: Any) -> FitPlan:
+    """The plan of a pruned model's retraining: its own epochs and learning rate, all else as in training."""
+    return _plan(training, training.retrain_epochs, training.lr_retrain)
+
+
+def fit(
+    model: nn.Module,
+    train_loader: Any,
+    validation_loader: Any,
+    plan: FitPlan,
+    *,
+    device: torch.device,
+    description: str,
+    seed: int,
+) -> FitResult:
+    """Train a copy of `model` on `device` and return it with the weights of its best validation epoch.
+
+    The loaders yield images [B, 3, H, W] and labels [B] that index the model's logits; `train_loader` also has
+    `set_epoch`. The argument, the global random state and the disk are left as they were, so that an interrupt leaves
+    nothing behind. On one machine the result is a function of the arguments, bit for bit (on CUDA as far as cuDNN's
+    deterministic algorithms reach).
+
+    Raises BenchmarkError when a loss is not finite, when a loader is empty, and for batches of one that BatchNorm
+    cannot train on.
+    """
+    start = time.perf_counter()
+    for part, loader in (("training", train_loader), ("validation", validation_loader)):
+        if len(loader) == 0:
+            raise BenchmarkError(f"{part} images: none for {description}; at least one is needed")
+    best = copy.deepcopy(model).to(device)
+    if plan.epochs == 0:
+        return FitResult(best.eval(), [], 0, time.perf_counter() - start)
+    working = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(working, plan)
+    scaler = torch.amp.GradScaler(device.type, enabled=_autocast_dtype(device) is torch.float16)
+    history: list[EpochRow] = []
+    best_row: EpochRow | None = None
+    with _reproducible(seed, device), _progress_bar(plan.epochs * len(train_loader), description) as bar:
+        for epoch in range(1, plan.epochs + 1):
+            epoch_start = time.perf_counter()
+            rate = _rate(plan, epoch, len(train_loader))
+            train_loader.set_epoch(epoch)
+            options = {"device": device, "rate": rate, "scaler": scaler, "progress": bar}
+            trained = train_epoch(working, train_loader, optimizer, **options)
+            validated = validate(working, validation_loader, device)
+            row = _row(epoch, trained, validated, rate(0), time.perf_counter() - epoch_start)
+            history.append(row)
+            bar.set_description(f"{description}, epoch {epoch}/{plan.epochs}, validation {row.validation_accuracy:.4f}")
+            if row.better_than(best_row):
+                best_row = row
+                best.load_state_dict(working.state_dict())  # copied into the argument's own memory layout
+            elif plan.patience is not None and epoch - best_row.epoch >= plan.patience:
+                log.info("%s: stopped early, nothing better on validation since epoch %d", description, best_row.epoch)
+                bar.total = bar.n
+                break
+    return FitResult(best.eval(), history, best_row.epoch, time.perf_counter() - start)
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    device: torch.device,
+    rate: Callable[[int], float] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    progress: tqdm | None = None,
+) -> Tally:
+    """One pass over `loader` in train mode, changing `model` and `optimizer`; returns its sums of loss and accuracy.
+
+    rate: step of this epoch, from 0 -> learning rate; None leaves the optimizer's. progress: a bar that counts batches.
+    Ends early, with a loss that is not finite, once that is seen; it is looked for whenever the bar is redrawn.
+    Raises BenchmarkError for a batch of one image where BatchNorm needs more.
+    """
+    model.train()
+    tally = Tally(device)
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)  # disabled, it passes everything through
+    dtype = _autocast_dtype(device)
+    for step, (images, labels) in enumerate(loader):
+        if rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            logits = _forward(model, images)
+            loss = cross_entropy(logits, labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        tally.add(loss, logits, labels)
+        if progress is not None and progress.update():
+            progress.set_postfix_str(f"loss {tally.loss:.4f}, accuracy {tally.accuracy:.4f}", refresh=False)
+            if not math.isfinite(tally.loss):
+                break
+    return tally
+
+
+def make_optimizer(model: nn.Module, plan: FitPlan) -> torch.optim.Optimizer:
+    """The plan's optimizer over the model's trainable parameters.
+
+    Fused: the same update in one pass over the weights, which differs from the unfused one by rounding alone. SGD's
+    momentum is Nesterov's.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options = {"lr": plan.lr, "weight_decay": plan.weight_decay, "fused": True}
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=plan.momentum, nesterov=plan.momentum > 0, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[plan.optimizer](parameters, **options)
+
+
+def rate_factor(scheduler: str, progress: float) -> float:
+    """What the learning rate is multiplied by after a share `progress` of all steps, in [0, 1]."""
+    if scheduler == "cosine":  # Loshchilov and Hutter, ICLR 2017, equation 5, without restarts
+        return (1 + math.cos(math.pi * progress)) / 2
+    if scheduler == "step":
+        return 0.1 ** sum(progress >= milestone for milestone in STEP_MILESTONES)
+    return 1.0
+
+
+def validate(model: nn.Module, loader: Any, device: torch.device) -> Tally:
+    """Sums of loss and accuracy over `loader` in eval mode and full precision; the model is left in eval mode."""
+    model.eval()
+    tally = Tally(device)
+    with torch.inference_mode():
+        for images, labels in loader:
+            logits = model(images.to(device, memory_format=torch.channels_last, non_blocking=True))
+            labels = labels.to(device, non_blocking=True)
+            tally.add(cross_entropy(logits, labels), logits, labels)
+    return tally
+
+
+def _forward(model: nn.Module, images: Tensor) -> Tensor:
+    try:
+        return model(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise BenchmarkError(
+            "training.batch_size_train: a batch holds a single image, which BatchNorm cannot train on; use 2 or more"
+        ) from error
+
+
+def _rate(plan: FitPlan, epoch: int, steps: int) -> Callable[[int], float]:
+    """Step of this epoch, from 0 -> learning rate; schedules advance with every step, not with every epoch."""
+    return lambda step: plan.lr * rate_factor(plan.scheduler, ((epoch - 1) * steps + step) / (plan.epochs * steps))
+
+
+def _row(epoch: int, trained: Tally, validated: Tally, lr: float, seconds: float) -> EpochRow:
+    for part, tally in (("training", trained), ("validation", validated)):
+        if not math.isfinite(tally.loss):
+            raise BenchmarkError(
+                f"{part} loss: {tally.loss} in epoch {epoch} at a learning rate of {lr:.3g}; "
+                "use a lower one (training.lr, or training.lr_retrain for retraining)"
+            )
+    return EpochRow(epoch, trained.loss, trained.accuracy, validated.loss, validated.accuracy, lr, seconds)
+
+
+def _progress_bar(steps: int, description: str) -> tqdm:
+    """A bar on stderr, that of the moment: redrawn often on a terminal, seldom where each drawing adds to a log."""
+    refresh = REFRESH_SECONDS[sys.stderr.isatty()]
+    return tqdm(total=steps, desc=description, unit="batch", mininterval=refresh, dynamic_ncols=True, file=sys.stderr)
+
+
+def _plan(training: Any, epochs: int, lr: float) -> FitPlan:
+    return FitPlan(
+        epochs=epochs,
+        lr=lr,
+        weight_decay=training.weight_decay,
+        optimizer=training.optimizer,
+        momentum=training.momentum,
+        scheduler=training.scheduler,
+        patience=training.early_stopping_patience,
+    )
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the GPU computes in it, else float16, whose gradients need scaling; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@contextmanager
+def _reproducible(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout and the like seeded, cuDNN deterministic; afterwards generators and flags are as they were."""
+    cudnn = torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    cuda = device.type == "cuda"
+    index = device.index if device.index is not None or not cuda else torch.cuda.current_device()
+    with torch.random.fork_rng(devices=[index] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = flags
