@@ -1,0 +1,247 @@
+"""The way from a command line to jobs: every configuration is checked before torch is imported or a directory made.
+
+`launch` adds to `hydra.main` what a user should see of an error: one message, an exit code, and a sweep that goes on.
+"""
+
+import argparse
+import difflib
+import errno
+import functools
+import itertools
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser  # the one parser of Hydra's flags; Hydra is pinned
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from errors import BenchmarkError, ConfigError
+from schema import listed
+from settings import CONFIG_DIR, check
+
+VERSION_BASE = "1.3"
+CONFIG_NAME = "config"
+# Of a larger sweep, only so many jobs are checked that each value is met: checking takes about 10 ms a job.
+MAX_JOBS_CHECKED = 256
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+def launch(run: Callable[[DictConfig], Any]) -> int:
+    """Run the jobs that the command line asks for; returns the exit code.
+
+    A job that fails on something the user can mend is reported in one message, and the next job of a sweep starts.
+    HYDRA_FULL_ERROR=1 shows the traceback instead.
+    """
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    failures: list[str] = []
+
+    @functools.wraps(run)
+    def job(cfg: DictConfig) -> None:
+        try:
+            run(cfg)
+        except Exception as error:
+            message = explain(error)
+            if full_error or message is None:
+                raise
+            failures.append(message)
+            logging.getLogger().error(_job_label() + message)
+
+    logging.raiseExceptions = full_error  # on a full disk the log file fails as well: the console has the message
+    try:
+        check_arguments(sys.argv[1:])
+        with _errors_passed_on():
+            hydra.main(version_base=VERSION_BASE, config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)(job)()
+    except KeyboardInterrupt:
+        if full_error:
+            raise
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = explain(error)
+        if full_error or message is None:
+            raise
+        print(message, file=sys.stderr)
+        return 1
+    return 1 if failures else 0
+
+
+@contextmanager
+def _errors_passed_on() -> Iterator[None]:
+    """Let Hydra raise its errors, which it would otherwise print itself, with a traceback, and exit."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _job_label() -> str:
+    """Which job of a sweep speaks; nothing for a single run."""
+    config = HydraConfig.get()
+    return f"[{' '.join(config.overrides.task)}] " if config.mode == RunMode.MULTIRUN else ""
+
+
+def explain(error: BaseException) -> str | None:
+    """The one message for an error that the user can mend; None for any other, which is a bug."""
+    if isinstance(error, BenchmarkError):
+        return str(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: cannot be read; write key=value, a list as key=[a,b], "
+            "a value with special characters as 'key=\"value\"'"
+        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        return _no_such_choice(error.missing_cfg_file, error.options)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        # Hydra says which override it is, and the error behind it says why
+        parts = dict.fromkeys(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
+        return "; ".join(part for part in parts if part)
+    return _disk_problem(error)
+
+
+def _no_such_choice(path: str, options: Sequence[str]) -> str:
+    group, _, name = path.rpartition("/")
+    nearest = difflib.get_close_matches(name, options, n=1)
+    hint = f", did you mean {group}={nearest[0]}?" if nearest else "."
+    return f"{group}: {name}; no such choice{hint} Choices: {listed(options)}"
+
+
+def _disk_problem(error: BaseException) -> str | None:
+    link: BaseException | None = error
+    while link is not None:
+        # what a library makes of a full disk hides the cause; a refused access counts only where nothing hides it
+        if isinstance(link, OSError) and (link.errno in DISK_FULL or (link is error and link.errno in NOT_WRITABLE)):
+            place = HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "the run's directory"
+            advice = "free some space" if link.errno in DISK_FULL else "make it accessible"
+            return f"{link.filename or place}: {os.strerror(link.errno)}; {advice}, or choose another place"
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Compose and check every job that the arguments ask for; raises ConfigError or Hydra's own for the first fault.
+
+    Says nothing on flags that run no job (--help, --cfg, ...) or that look for the configuration elsewhere.
+    """
+    flags = _parse_flags(arguments)
+    shows_something = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
+    if shows_something or flags.config_path or flags.config_dir or flags.experimental_rerun:
+        return
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), job_name="main", version_base=VERSION_BASE):
+            _check_jobs(flags.overrides, flags.multirun, flags.config_name or CONFIG_NAME)
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    def refuse(message: str) -> None:
+        raise ConfigError(f"command line: {message}; flags are listed by --hydra-help, and -m stands first or last")
+
+    parser = get_args_parser()
+    parser.error = refuse  # instead of printing the usage of every flag
+    flags = parser.parse_args(arguments)
+    if sum(map(bool, (flags.run, flags.multirun, flags.cfg, flags.info, flags.shell_completion))) > 1:
+        refuse("--run, --multirun, --cfg, --info and --shell-completion exclude each other")
+    return flags
+
+
+def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> None:
+    parser = OverridesParser.create(_config_loader())
+    overrides = parser.parse_overrides(arguments)
+    composer = _Composer(config_name)
+    hydra_config = composer.hydra_config([_values(override, parser)[0] for override in overrides])
+    multirun = multirun or hydra_config.mode == RunMode.MULTIRUN
+    if multirun:
+        from_file = [f"{key}={value}" for key, value in (hydra_config.sweeper.get("params") or {}).items()]
+        overrides = parser.parse_overrides(from_file) + overrides
+    elif sweeps := [override for override in overrides if override.is_sweep_override()]:
+        raise ConfigError(f"{sweeps[0].input_line}: several values; a list is written [a,b], a sweep needs --multirun")
+    for job in _jobs([_values(override, parser) for override in overrides]):
+        try:
+            check(composer.compose(job))
+        except (BenchmarkError, HydraException, OmegaConfBaseException) as error:
+            if not multirun:
+                raise
+            label = " ".join(override.input_line for override in job if not override.is_hydra_override())
+            raise ConfigError(f"[{label}] {explain(error)}") from error
+
+
+def _values(override: Override, parser: OverridesParser) -> list[Override]:
+    """One override for every value that `override` sweeps over."""
+    if not override.is_sweep_override():
+        return [override]
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{override.input_line}: a sweep needs single values, such as a,b or range(1,5)")
+    key = override.get_key_element()
+    values = [parser.parse_overrides([f"{key}={value}"])[0] for value in override.sweep_string_iterator()]
+    if not values:
+        raise ConfigError(f"{override.input_line}: a sweep without values")
+    return values
+
+
+def _jobs(alternatives: Sequence[Sequence[Override]]) -> Iterator[Sequence[Override]]:
+    """The jobs of a sweep in Hydra's order; of a very large one, jobs in which every value comes up at least once."""
+    if math.prod(map(len, alternatives)) <= MAX_JOBS_CHECKED:
+        return itertools.product(*alternatives)
+    longest = max(map(len, alternatives))
+    return ([values[turn % len(values)] for values in alternatives] for turn in range(longest))
+
+
+class _Composer:
+    """Composes jobs, and each choice of groups only once: Hydra takes 0.1 s for that, a job of a sweep some 5 ms."""
+
+    def __init__(self, config_name: str) -> None:
+        self.config_name = config_name
+        self.composed: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
+        self.is_group = functools.cache(lambda key: bool(_config_loader().get_group_options(key)))
+
+    def hydra_config(self, job: Sequence[Override]) -> DictConfig:
+        """Hydra's own part of the configuration of a job."""
+        return self._composed(job)[0].hydra
+
+    def compose(self, job: Sequence[Override]) -> DictConfig:
+        """The configuration of a job, without Hydra's own part."""
+        cfg = deepcopy(self._composed(job)[1])
+        for override in filter(self._sets_a_value, job):
+            # force_add: `check` has the better message for a key that does not exist
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
+        return cfg
+
+    def _composed(self, job: Sequence[Override]) -> tuple[DictConfig, DictConfig]:
+        key = tuple(override.input_line for override in job if not self._sets_a_value(override))
+        if key not in self.composed:
+            full = hydra.compose(self.config_name, overrides=list(key), return_hydra_config=True)
+            with open_dict(full.hydra):  # what Hydra fills in when a job starts
+                full.hydra.job.num, full.hydra.job.id, full.hydra.runtime.output_dir = 0, "0", "."
+            HydraConfig.instance().set_config(full)
+            self.composed[key] = full, OmegaConf.masked_copy(full, [name for name in full if name != "hydra"])
+        return self.composed[key]
+
+    def _sets_a_value(self, override: Override) -> bool:
+        """Whether this is a plain key=value for the benchmark: no choice of a group, no + or ~, nothing of Hydra's."""
+        plain = override.type == OverrideType.CHANGE and override.package is None and not override.is_hydra_override()
+        return plain and not self.is_group(override.key_or_group)
+
+
+def _config_loader() -> ConfigLoader:
+    return GlobalHydra.instance().config_loader()

@@ -1,0 +1,77 @@
+"""The benchmark in one command: configuration in, records out. `python main.py --help` shows what can be configured."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from command_line import launch
+from settings import check
+
+if TYPE_CHECKING:
+    from records import Record
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
+    """Run one job: train or load, score once, and prune, measure and retrain at every ratio.
+
+    Args:
+        cfg: the composed configuration.
+        run_dir: where records, selections, plots and the environment go; Hydra's run directory by default.
+
+    Returns:
+        The records, in the order they were measured: dense, then each ratio pruned and retrained. Ratio 0, the head
+        replaced and nothing removed, always comes first, since every figure is read against it.
+
+    Raises:
+        BenchmarkError: whatever the user can mend, before anything expensive where that is possible.
+    """
+    settings = check(cfg)  # before torch is imported
+    from cache import dense_model
+    from data_loader import get_data_factory
+    from experiment import Experiment
+    from helpers import resolve_device
+    from pruner import get_pruner
+    from records import environment, write_json, write_selections
+    from report import table, write_report
+    from selection import get_selector
+    from structure import ModelGraph
+
+    run_dir = Path(run_dir or HydraConfig.get().runtime.output_dir)
+    device = resolve_device(settings.device)
+    write_json(run_dir / "environment.json", environment(settings))
+    factory = get_data_factory(settings, device)
+    selector = get_selector(settings, factory)
+
+    dense = dense_model(settings, factory, device)
+    graph = ModelGraph(dense.model, factory.input_shape)
+    experiment = Experiment(settings, factory, device, run_dir, selector.left_out(graph), dense, graph)
+
+    log.info("Scoring %d layers with %s ...", len(selector.layers(graph)), settings.pruning.name)
+    start = time.perf_counter()
+    scores = selector.score(graph)
+    experiment.scoring_seconds = time.perf_counter() - start
+    selections = selector.select(graph, scores)
+    write_selections(run_dir / "selections.json", selections)
+
+    experiment.measure_dense()
+    pruner = get_pruner(settings.pruning.pruner, graph)
+    for ratio, indices in selections.items():
+        experiment.measure_ratio(ratio, indices, pruner)
+
+    print(table(experiment.records))
+    for path in write_report(run_dir):
+        log.info("Wrote %s", path)
+    return experiment.records
+
+
+if __name__ == "__main__":
+    sys.exit(launch(run))

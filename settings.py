@@ -1,0 +1,234 @@
+"""What a run can be told: typed settings, and the check that every configuration passes before torch is imported.
+
+The values stand in `config/`, the types here. What a pruning method adds to `pruning.*`, and which words a key takes
+with a certain method or model (`choices`), its own YAML declares; nothing here knows a method by name.
+"""
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from class_names import class_names, resolve_classes
+from errors import ConfigError
+from schema import Matches, Within, assemble, convert, flatten, kind_of_default, leaves, listed, show, unknown_key
+
+CONFIG_DIR = Path(__file__).resolve().parent / "config"
+NAMED_GROUPS = ("pruning", "model", "dataset")
+IMAGENET_CLASSES = 1000
+
+Natural = Annotated[int, Within(0)]
+Positive = Annotated[int, Within(1)]
+PositiveNumber = Annotated[float, Within(0, above_low=True)]
+Share = Annotated[float, Within(0, below=1)]
+Text = Annotated[str, Matches(r"(?s).*\S.*", "not empty")]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    train: bool
+    use_pretrained_model: bool
+    use_data_augmentation: bool
+    epochs: Positive
+    lr: PositiveNumber
+    optimizer: Literal["adam", "adamw", "sgd"]
+    weight_decay: Annotated[float, Within(0)]
+    momentum: Share
+    scheduler: Literal["cosine", "step", "none"]
+    early_stopping_patience: Positive | None  # epochs
+    batch_size_train: Positive
+    batch_size_test: Positive
+    retrain_after_pruning: bool
+    retrain_epochs: Positive
+    lr_retrain: PositiveNumber
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    name: Text
+    pretrained_weights_path: Text | None
+    skip_first_layers: Natural
+    small_input_stem: bool
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    name: Text
+    root: Text | None
+    num_classes: Positive
+    image_size: Annotated[int, Within(32)]  # pixels; the models halve it five times
+    samples_per_class: Positive | None
+    validation_fraction: Annotated[float, Within(0, below=1, above_low=True)]
+    num_workers: Natural
+    download: bool
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    name: Text
+    pruning_ratio: tuple[Share, ...]
+    pruning_scope: Literal["layer", "global"]
+    scoring_classes: Literal["selected", "all", "complement"]
+    min_filters: Positive
+    pruner: Literal["depgraph"]
+    options: Mapping[str, Any] = field(default_factory=dict)  # the method's own keys
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    repeats: Positive
+    warmup: Natural
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked configuration. Fields with a default are worked out by `check`, the others are keys of `config/`."""
+
+    selected_classes: tuple[int | str, ...]  # `check` leaves indices only
+    num_pruning_samples: Positive
+    replace_last_layer: bool
+    log_results: bool
+    run_name: Text
+    device: Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")]
+    seed: Annotated[int, Within(0, below=2**32)]
+    inference_with_onnx: bool
+    cache_dir: Text
+    training: TrainingSettings
+    model: ModelSettings
+    dataset: DatasetSettings
+    pruning: PruningSettings
+    latency: LatencySettings
+    class_names: tuple[str, ...] = ()  # of all classes of the dataset, by index
+
+
+def check(cfg: DictConfig) -> Settings:
+    """The settings that a composed configuration stands for.
+
+    Raises ConfigError, whose text is the one message to show, for the first thing that keeps it from running.
+    """
+    given = flatten(OmegaConf.to_container(cfg, resolve=False))
+    kinds, choices = _declared_keys(given)
+    for key, value in given.items():
+        if key not in kinds:
+            raise _changed_choices(key, value) if ".choices" in key else unknown_key(key, value, kinds)
+    for key in kinds:
+        if given.get(key, "???") == "???":
+            raise ConfigError(f"{key}: missing; give it a value, a ~ on the command line may have deleted it")
+    resolved = flatten(_resolved(cfg))
+    values = {key: convert(key, resolved.get(key), kind) for key, kind in kinds.items()}
+    for key, words in choices.items():
+        if values[key] not in words:
+            name = values[f"{key.partition('.')[0]}.name"]
+            raise ConfigError(f"{key}: {show(values[key])}; {name} takes only {listed(words)}")
+    settings = assemble(Settings, values)
+    own_keys = kinds.keys() - leaves(Settings).keys()
+    options = {key.removeprefix("pruning."): values[key] for key in kinds if key in own_keys}
+    settings = replace(
+        settings,
+        pruning=replace(settings.pruning, options=options),
+        class_names=class_names(settings.dataset),
+        selected_classes=resolve_classes(settings.selected_classes, settings.dataset),
+    )
+    _refuse_contradictions(settings)
+    _refuse_unavailable(settings)
+    return settings
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _declared_keys(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Every valid key with its annotation, and the words that the chosen method, model and dataset leave to a key.
+
+    The declared `choices` are taken out of `given`; any that the user changed stay there, as the unknown keys they are.
+    """
+    kinds, choices = leaves(Settings), {}
+    for group in NAMED_GROUPS:
+        for name, value in flatten(_declaration(group, given.get(f"{group}.name"))).items():
+            key = f"{group}.{name}"
+            if name.startswith("choices."):
+                choices[f"{group}.{name.removeprefix('choices.')}"] = value
+                if given.get(key) == value:
+                    del given[key]
+            elif group == "pruning":
+                kinds.setdefault(key, kind_of_default(value))
+    return kinds, choices
+
+
+def _changed_choices(key: str, value: Any) -> ConfigError:
+    group = key.partition(".")[0]
+    return ConfigError(
+        f"{key}: {show(value)}; choices are facts of config/{group}/, leave them and choose with {group}=NAME"
+    )
+
+
+def _declaration(group: str, name: Any) -> dict[str, Any]:
+    """What `config/<group>/<name>.yaml` says, whatever the command line made of it."""
+    names = sorted(path.stem for path in (CONFIG_DIR / group).glob("[!_]*.yaml"))
+    if name not in names:
+        given = "missing" if name is None else show(name)
+        raise ConfigError(f"{group}.name: {given}; choose with {group}=NAME, NAME being one of {listed(names)}")
+    return _read_declaration(CONFIG_DIR / group / f"{name}.yaml")
+
+
+@functools.cache
+def _read_declaration(path: Path) -> dict[str, Any]:
+    content = OmegaConf.load(path)
+    bases = [name for name in content.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
+    inherited = [OmegaConf.create(_read_declaration(path.with_name(f"{name}.yaml"))) for name in bases]
+    return OmegaConf.to_container(OmegaConf.merge(*inherited, content))
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    """Raise ConfigError for values that are valid each by itself but not together, and for a file that is not there."""
+    training, model, dataset, pruning = settings.training, settings.model, settings.dataset, settings.pruning
+    ratios, classes, weights = pruning.pruning_ratio, settings.selected_classes, model.pretrained_weights_path
+    if twice := [ratio for ratio in ratios if ratios.count(ratio) > 1]:
+        raise ConfigError(f"pruning.pruning_ratio: {twice[0]} in {show(ratios)}; each ratio may stand in the list once")
+    if settings.num_pruning_samples < len(classes):
+        raise ConfigError(
+            f"num_pruning_samples: {settings.num_pruning_samples}; must be at least {len(classes)}, one for each of "
+            "selected_classes"
+        )
+    if pruning.scoring_classes == "complement" and len(classes) == len(settings.class_names):
+        raise ConfigError(
+            'pruning.scoring_classes: "complement"; selected_classes holds every class, which leaves none to score on'
+        )
+    if weights is not None and not os.path.isfile(weights):
+        raise ConfigError(f"model.pretrained_weights_path: {show(weights)}; no such file")
+    if weights is not None and training.use_pretrained_model:
+        raise ConfigError(
+            f"model.pretrained_weights_path: {show(weights)}; training.use_pretrained_model=true names other weights, "
+            "set only one of the two"
+        )
+    if model.small_input_stem and training.use_pretrained_model:
+        raise ConfigError(
+            "model.small_input_stem: true; torchvision's weights (training.use_pretrained_model=true) are for the "
+            "7x7 stem, set only one of the two"
+        )
+    if not training.train and weights is None and not training.use_pretrained_model:
+        raise ConfigError(
+            "training.train: false; then trained weights are needed: give model.pretrained_weights_path=FILE or, "
+            "for ImageNet, training.use_pretrained_model=true"
+        )
+    if not training.train and training.use_pretrained_model and dataset.num_classes != IMAGENET_CLASSES:
+        raise ConfigError(
+            f"training.use_pretrained_model: true; torchvision's head is for {IMAGENET_CLASSES} classes, that for the "
+            f"{dataset.num_classes} of {dataset.name} would stay untrained: set training.train=true or give "
+            "model.pretrained_weights_path=FILE"
+        )
+
+
+def _refuse_unavailable(settings: Settings) -> None:
+    for key in ("log_results", "inference_with_onnx"):
+        if getattr(settings, key):
+            raise ConfigError(f"{key}: true; not available in this version, set it to false")

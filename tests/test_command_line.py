@@ -1,0 +1,265 @@
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+import command_line
+from command_line import check_arguments, explain
+
+ROOT = Path(command_line.__file__).parent
+
+# The arguments, and what the message has to say: the key or thing, and what would be valid.
+BAD_INPUT = [
+    (["pruning.pruning_ratoi=[0.5]"], "pruning.pruning_ratoi: [0.5]; no such key, did you mean pruning.pruning_ratio?"),
+    (["modle=vgg16"], 'modle: "vgg16"; no such key, did you mean model?'),
+    (["model=vgg19"], "model: vgg19; no such choice, did you mean model=vgg16? Choices: mobilenet_v2, resnet18"),
+    (["pruning=magic"], "pruning: magic; no such choice"),
+    (["pruning.name=magic"], 'pruning.name: "magic"; choose with pruning=NAME'),
+    (["+foo=1"], "foo: 1; no such key"),
+    (["++pruning.foo=1"], "pruning.foo: 1; no such key"),
+    (["+seed=1"], "An item is already at 'seed'"),
+    (["~pruning.pruning_ratio"], "pruning.pruning_ratio: missing"),
+    (["~model"], "model.name: missing; choose with model=NAME"),
+    (["~foo"], "'foo' does not exist"),
+    (["latency=5"], "latency: 5; is a group, set one of its keys: repeats, warmup"),
+    (["pruning.pruning_ratio=[0.5"], "pruning.pruning_ratio=[0.5: cannot be read; write key=value"),
+    (["seed"], "seed: cannot be read; write key=value"),
+    (["--sed=1"], "command line: unrecognized arguments: --sed=1"),
+    (["-r", "-m"], "exclude each other"),
+    (["pruning.pruning_ratio=[0.5,1]"], "pruning.pruning_ratio: 1 in [0.5, 1]; must be a list of one or more"),
+    (["pruning.pruning_ratio=-0.1"], "pruning.pruning_ratio: -0.1; must be"),
+    (["pruning.pruning_ratio=nan"], "pruning.pruning_ratio: NaN; must be"),
+    (["pruning.pruning_ratio=[]"], "pruning.pruning_ratio: []; must be a list of one or more"),
+    (["pruning.pruning_ratio=[0.5,0.50]"], "pruning.pruning_ratio: 0.5 in [0.5, 0.5]; each ratio may stand"),
+    (["pruning.pruning_ratio=0.1,0.2"], "a list is written [a,b], a sweep needs --multirun"),
+    (["pruning.pruning_scope=layr"], 'pruning.pruning_scope: "layr"; must be one of layer, global'),
+    (["pruning.pruning_scope=global"], 'pruning.pruning_scope: "global"; ocap takes only layer'),
+    (["pruning.activation_func=foo"], 'pruning.activation_func: "foo"; ocap takes only leaky_relu, relu, identity'),
+    (["pruning.activation_func=foo", "pruning.choices.activation_func=[foo]"], "leave them and choose"),
+    (["pruning.negative_slope=steep"], 'pruning.negative_slope: "steep"; must be a number'),
+    (["pruning=ln_structured", "pruning.norm=3"], "pruning.norm: 3; ln_structured takes only 1, 2"),
+    (["pruning=ln_structured", "pruning.aggregation=union"], "pruning.aggregation: \"union\"; no such key"),
+    (["pruning.min_filters=0"], "pruning.min_filters: 0; must be an integer of at least 1"),
+    (["pruning.pruner=scissors"], 'pruning.pruner: "scissors"; must be depgraph'),
+    (["selected_classes=[3,33]"], "selected_classes: 33; digits has the classes 0 to 9"),
+    (["selected_classes=[3,3]"], "selected_classes: 3 and 3"),
+    (["selected_classes=[]"], "selected_classes: []; must be a list of one or more"),
+    (["dataset=fashion_mnist", "selected_classes=[trowser]"], "nearest: trouser"),
+    (["pruning.scoring_classes=complement", "selected_classes=[0,1,2,3,4,5,6,7,8,9]"], "leaves none to score on"),
+    (["num_pruning_samples=2"], "num_pruning_samples: 2; must be at least 3"),
+    (["training.epochs=-1"], "training.epochs: -1; must be an integer of at least 1"),
+    (["training.epochs=ten"], 'training.epochs: "ten"; must be an integer'),
+    (["training.lr=0"], "training.lr: 0; must be a number above 0"),
+    (["training.lr_retrain=-1e-3"], "training.lr_retrain: -0.001; must be a number above 0"),
+    (["training.batch_size_train=0"], "training.batch_size_train: 0; must be"),
+    (["training.optimizer=adamx"], 'training.optimizer: "adamx"; must be one of adam, adamw, sgd'),
+    (["training.scheduler=null"], "training.scheduler: null; must be one of cosine, step, none"),
+    (["training.train=maybe"], 'training.train: "maybe"; must be true or false'),
+    (["training.train=false"], "give model.pretrained_weights_path=FILE or, for ImageNet, training.use"),
+    (["training.train=false", "training.use_pretrained_model=true"], "head is for 1000 classes"),
+    (["model.pretrained_weights_path=no/such.pt"], 'model.pretrained_weights_path: "no/such.pt"; no such file'),
+    (["model.pretrained_weights_path=main.py", "training.use_pretrained_model=true"], "set only one of the two"),
+    (["model=vgg16", "model.small_input_stem=true"], "model.small_input_stem: true; vgg16 takes only false"),
+    (["model.small_input_stem=true", "training.use_pretrained_model=true"], "set only one of the two"),
+    (["dataset.num_classes=11"], "num_classes"),
+    (["dataset.validation_fraction=1"], "dataset.validation_fraction: 1; must be a number above 0 and below 1"),
+    (["device=gpu"], 'device: "gpu"; must be a text that is auto, cpu, cuda or cuda:N'),
+    (["seed=1.5"], "seed: 1.5; must be an integer"),
+    (["run_name="], 'run_name: ""; must be a text that is not empty'),
+    (["run_name=${foo}"], "run_name: Interpolation key 'foo' not found"),
+    (["log_results=1"], "log_results: 1; must be true or false"),
+    (["log_results=true"], "log_results: true; not available in this version"),
+    (["inference_with_onnx=true"], "inference_with_onnx: true; not available in this version"),
+    (["hydra.foo=1"], "Could not override 'hydra.foo'"),
+    (["-m", "seed=1,-2", "model=vgg16,resnet18"], "[seed=-2 model=vgg16] seed: -2; must be"),
+    (["-m", "model=glob(vgg*)", "model.small_input_stem=true"], "[model=vgg16 model.small_input_stem=true]"),
+    (["-m", "seed=range(5,5)"], "a sweep without values"),
+    (["-m", "training.lr=interval(0,1)"], "a sweep needs single values"),
+    (["hydra.mode=MULTIRUN", "seed=1,-2"], "[seed=-2] seed: -2"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fragment"), BAD_INPUT, ids=[" ".join(arguments) for arguments, _ in BAD_INPUT])
+def test_bad_input_is_answered_in_one_message(arguments, fragment, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Exception) as caught:  # noqa: B017 - `explain` is what is tested; it knows what is meant for users
+        check_arguments(arguments)
+    message = explain(caught.value)
+    assert message is not None
+    assert fragment in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["model=vgg16", "training.epochs=5", "seed=0"],
+        ["run_name=${hydra:job.name}-${hydra:runtime.choices.model}"],
+        ["-m", "run_name=${hydra:job.num}", "seed=1,2", "pruning=ocap,random"],
+        ["-m", "pruning.pruning_ratio=[0.1],[0.2,0.3]"],
+        ["hydra.run.dir=elsewhere", "hydra.verbose=true"],
+        ["--cfg", "job", "no.such.key=1"],
+        ["--help"],
+    ],
+    ids=" ".join,
+)
+def test_good_input_passes_and_leaves_nothing_behind(arguments):
+    check_arguments(arguments)
+    assert not GlobalHydra.instance().is_initialized()
+    assert not HydraConfig.initialized()
+
+
+def test_a_very_large_sweep_is_checked_for_every_value():
+    check_arguments(["-m", "seed=range(0,40)", "training.epochs=range(1,40)"])
+    with pytest.raises(Exception, match="training.epochs: 0"):
+        check_arguments(["-m", "seed=range(0,40)", "training.epochs=39,38,37,36,35,34,33,0"])
+
+
+def test_a_bug_is_no_message():
+    assert explain(KeyError("x")) is None
+    assert explain(FileNotFoundError(2, "No such file", "x")) is None
+
+
+def test_a_full_disk_is_recognised_behind_what_a_library_made_of_it():
+    try:
+        try:
+            raise OSError(28, "No space left on device", "cache/model.pt")
+        except OSError:
+            raise RuntimeError("writer failed")  # noqa: B904 - as libraries do
+    except RuntimeError as error:
+        message = explain(error)
+    assert message.startswith("cache/model.pt: No space left on device; free some space")
+
+
+REPORT_HEAVY_IMPORTS = """
+import atexit, runpy, sys
+heavy = {{"torch", "torchvision", "numpy", "sklearn", "matplotlib"}}
+atexit.register(lambda: print("HEAVY", sorted(heavy & set(sys.modules))))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        (1, ["pruning.pruning_ratoi=[0.5]"]),
+        (1, ["model=vgg19"]),
+        (1, ["-m", "seed=1,-1"]),
+        (1, ["--nonsense"]),
+        (0, ["--help"]),
+        (0, ["--cfg", "job"]),
+    ],
+)
+def test_the_answer_comes_without_heavy_imports(code, arguments, tmp_path):
+    command = [sys.executable, "-c", REPORT_HEAVY_IMPORTS.format(root=str(ROOT)), str(ROOT / "main.py"), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == code
+    assert "HEAVY []" in ended.stdout
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == code  # the one message, or nothing
+    assert not list(tmp_path.iterdir())
+
+
+JOB = """
+import sys, time
+sys.path.insert(0, {root!r})
+from command_line import launch
+from errors import BenchmarkError
+
+def run(cfg):
+    print("running", cfg.seed, flush=True)
+    if cfg.run_name == "wait":
+        time.sleep(60)
+    if cfg.run_name == "full":
+        with open("/dev/full", "w") as file:
+            file.write("x")
+    if cfg.run_name == "bug":
+        raise KeyError("bug")
+    if cfg.seed == 2:
+        raise BenchmarkError("seed: 2; no luck")
+
+if __name__ == "__main__":
+    sys.exit(launch(run))
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(JOB.format(root=str(ROOT)))
+
+    def command(*arguments):
+        return [sys.executable, str(script), *arguments]
+
+    return command
+
+
+def execute(command, directory, **environment):
+    return subprocess.run(command, capture_output=True, text=True, cwd=directory, env=environment or None)
+
+
+def test_a_failing_job_gives_its_message_also_to_the_log(job, tmp_path):
+    ended = execute(job("seed=2", "hydra.run.dir=run"), tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr == "seed: 2; no luck\n"
+    assert "seed: 2; no luck" in (tmp_path / "run" / "job.log").read_text()
+
+
+def test_a_failing_job_does_not_stop_the_sweep(job, tmp_path):
+    ended = execute(job("-m", "seed=1,2,3"), tmp_path)
+    assert ended.returncode == 1
+    assert [line for line in ended.stdout.splitlines() if "running" in line] == ["running 1", "running 2", "running 3"]
+    assert ended.stderr == "[seed=2] seed: 2; no luck\n"
+
+
+def test_a_good_job_exits_with_zero(job, tmp_path):
+    ended = execute(job(), tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "running 42\n", "")
+    assert len(list(tmp_path.glob("outputs/*/*/job.log"))) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_message_with_the_path(job, tmp_path):
+    ended = execute(job("run_name=full", "hydra.run.dir=run"), tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"{tmp_path / 'run'}: No space left on device")
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_message(job, tmp_path):
+    (tmp_path / "file").touch()
+    ended = execute(job("hydra.run.dir=file/run"), tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("file/run: Not a directory")
+
+
+def test_a_bug_keeps_its_traceback(job, tmp_path):
+    ended = execute(job("run_name=bug"), tmp_path)
+    assert ended.returncode == 1
+    assert "KeyError: 'bug'" in ended.stderr
+
+
+def test_the_traceback_is_shown_on_request(job, tmp_path):
+    ended = execute(job("seed=2"), tmp_path, HYDRA_FULL_ERROR="1")
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "BenchmarkError: seed: 2; no luck" in ended.stderr
+
+
+def test_an_interrupt_is_one_line(job, tmp_path):
+    command = job("run_name=wait")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout.readline() == "running 42\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors == "Interrupted.\n"

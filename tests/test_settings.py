@@ -1,0 +1,115 @@
+"""Whatever `check` refuses on a command line is in test_command_line.py; here is what it makes of what it accepts."""
+
+import dataclasses
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+import settings
+from errors import ConfigError
+from settings import CONFIG_DIR, Settings, check
+
+
+def checked(*overrides: str) -> Settings:
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return check(hydra.compose("config", overrides=list(overrides)))
+
+
+def names_in(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def test_the_defaults_are_a_run_on_digits():
+    run = checked()
+    assert (run.dataset.name, run.model.name, run.pruning.name) == ("digits", "resnet18", "ocap")
+    assert run.selected_classes == (3, 8, 9)
+    assert run.class_names == tuple("0123456789")
+    assert len(run.pruning.pruning_ratio) >= 8
+    assert run.run_name == "ocap-resnet18-digits"
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        checked().training.epochs = 1
+
+
+def test_one_ratio_is_a_list_of_one():
+    assert checked("pruning.pruning_ratio=0.85").pruning.pruning_ratio == (0.85,)
+
+
+def test_ratios_keep_their_order():
+    assert checked("pruning.pruning_ratio=[0.9,0,0.1]").pruning.pruning_ratio == (0.9, 0.0, 0.1)
+
+
+def test_classes_keep_their_order_and_names_become_indices():
+    run = checked("dataset=fashion_mnist", "selected_classes=[bag,trouser,0]")
+    assert run.selected_classes == (8, 1, 0)
+
+
+def test_values_come_out_in_their_types():
+    run = checked("training.early_stopping_patience=null", "training.lr=1", "run_name=7")
+    assert run.training.early_stopping_patience is None
+    assert (run.training.lr, type(run.training.lr)) == (1.0, float)
+    assert run.run_name == "7"
+
+
+def test_the_methods_own_keys_end_in_options():
+    options = checked("pruning.activation_func=relu", "pruning.negative_slope=0").pruning.options
+    assert options == {"activation_func": "relu", "negative_slope": 0.0, "aggregation": "union"}
+    assert checked("pruning=random").pruning.options == {}
+
+
+@pytest.mark.parametrize("group", ["pruning", "model"])
+def test_every_choice_of_a_group_can_be_made(group):
+    for name in names_in(group):
+        assert getattr(checked(f"{group}={name}"), group).name == name
+
+
+@pytest.mark.parametrize("dataset", [name for name in names_in("dataset") if name != "imagenet"])
+def test_every_dataset_knows_its_classes_without_its_files(dataset):
+    run = checked(f"dataset={dataset}")
+    assert len(run.class_names) == run.dataset.num_classes
+
+
+def test_only_resnets_take_the_small_stem():
+    assert checked("model=resnet50", "model.small_input_stem=true").model.small_input_stem is True
+    with pytest.raises(ConfigError, match="mobilenet_v2 takes only false"):
+        checked("model=mobilenet_v2", "model.small_input_stem=true")
+
+
+def test_a_methods_file_alone_adds_its_keys_types_and_words(tmp_path, monkeypatch):
+    config = tmp_path / "config"
+    for group in ("model", "dataset"):
+        (config / group).mkdir(parents=True)
+        for path in (CONFIG_DIR / group).glob("*.yaml"):
+            (config / group / path.name).write_text(path.read_text())
+    (config / "pruning").mkdir()
+    (config / "pruning" / "base.yaml").write_text("name: base\nrule: a\nchoices: {rule: [a, b]}\n")
+    (config / "pruning" / "new.yaml").write_text("defaults: [base]\nname: new\nsteps: 3\nlimit: null\n")
+    monkeypatch.setattr(settings, "CONFIG_DIR", config)
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = hydra.compose("config", overrides=["pruning=random"])
+
+    def with_values(**values):
+        own = {"name": "new", "rule": "b", "steps": 3, "limit": 0.5, "choices": {"rule": ["a", "b"]}, **values}
+        cfg = OmegaConf.merge({}, composed)
+        OmegaConf.set_struct(cfg, False)
+        del cfg.pruning.choices
+        cfg.pruning.update(own)
+        return check(cfg)
+
+    assert with_values().pruning.options == {"rule": "b", "steps": 3, "limit": 0.5}
+    with pytest.raises(ConfigError, match=r"pruning\.rule: \"c\"; new takes only a, b"):
+        with_values(rule="c")
+    with pytest.raises(ConfigError, match=r"pruning\.steps: 2\.5; must be an integer"):
+        with_values(steps=2.5)
+    with pytest.raises(ConfigError, match=r"pruning\.step: 3; no such key, did you mean pruning\.steps\?"):
+        with_values(step=3)
+
+
+def test_trained_weights_can_replace_training(tmp_path):
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"")
+    run = checked("training.train=false", f"model.pretrained_weights_path={weights}")
+    assert run.model.pretrained_weights_path == str(weights)
