@@ -8,8 +8,10 @@ keeps them, concatenation joins them, flattening repeats them, a residual add de
 from __future__ import annotations
 
 import operator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 
 import torch
 import torch.nn.functional as F
@@ -67,10 +69,11 @@ class ModelGraph:
                     f"{type(model).__name__}: its graph cannot be traced by torch.fx ({error}); "
                     "control flow that depends on the data is not supported"
                 ) from error
-            parameter = next(model.parameters())
+            parameter = next(model.parameters(), torch.empty(0))
             example = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
             try:
-                self.output_shape = ShapeProp(self.module).propagate(example).shape
+                with redirect_stderr(StringIO()):  # ShapeProp prints a traceback of what it raises
+                    self.output_shape = ShapeProp(self.module).propagate(example).shape
             except Exception as error:  # whatever the layer that does not fit raises
                 reason = str(error.__cause__ or error).splitlines()[0]
                 raise BenchmarkError(
@@ -84,7 +87,7 @@ class ModelGraph:
         for node in self.module.graph.nodes:
             if node.op == "call_module" and isinstance(self._modules[node.target], nn.Conv2d):
                 if node.target in nodes:
-                    raise BenchmarkError(f"{node.target}: runs twice in one pass; a filter of it has no single response")
+                    raise BenchmarkError(f"{node.target}: runs twice in one pass; its filters have no single response")
                 nodes[node.target] = node
         if not nodes:
             raise BenchmarkError(f"{type(self.model).__name__}: no Conv2d runs in it, so there is no filter to prune")
@@ -188,36 +191,43 @@ class ChannelNumbers(fx.Interpreter):
         if node.op == "get_attr":
             return torch.full_like(self.fetch_attr(node.target), FIXED, dtype=torch.int64)
         if node.op == "output":
-            self._pin_all(args, "it is the network's output")
+            for numbers in tensors_in(args):
+                self.pin(numbers, "it is the network's output")
             return args[0]
         module = self.network.module_of(node)
-        if module is not None:
-            return self._module(node, module, args[0], args)
-        return self._function(node, args, kwargs)
+        try:
+            if module is not None:
+                return self._module(node, module, args[0], args)
+            return self._function(node, args, kwargs)
+        except Exception:  # whatever a known operation raises when it is called in a way that is not known
+            return self._unknown(node, args, kwargs)
 
-    def _pin_all(self, values, reason: str) -> None:
-        fx.node.map_aggregate(values, lambda value: self.pin(value, reason) if isinstance(value, Tensor) else None)
+    def _along(self, node: fx.Node, numbers: Tensor, dim: int) -> Tensor:
+        """The numbers of the channels that `node` reads along `dim`; all pinned if a channel is no single filter's."""
+        channels = numbers.movedim(dim, 0).flatten(1)
+        if (channels != channels[:, :1]).any():
+            self.pin(numbers, f"{node.name} reads its filters mixed into one channel")
+        return channels[:, 0].clone()
 
     def _module(self, node: fx.Node, module: nn.Module, numbers: Tensor, args: tuple):
         if isinstance(module, nn.Conv2d):
             return self._conv(node, module, numbers)
         if isinstance(module, nn.Linear):
-            self.inputs[node.name] = numbers[(0,) * (numbers.dim() - 1)].clone()
+            self.inputs[node.name] = self._along(node, numbers, -1)
             return self._like(node)
         if isinstance(module, (*ACTIVATIONS, *PASSING)):
             return numbers
         if isinstance(module, NORMS):
-            self.inputs[node.name] = numbers[0, :, 0, 0].clone()
+            self.inputs[node.name] = self._along(node, numbers, 1)
             return numbers
         if isinstance(module, POOLS):
             return self._pooled(node, numbers)
         if isinstance(module, (nn.Flatten, nn.ChannelShuffle)):
             return module(numbers)
-        return self._unknown(node, args)
+        return self._unknown(node, args, {})
 
     def _conv(self, node: fx.Node, conv: nn.Conv2d, numbers: Tensor) -> Tensor:
-        channels = numbers[0, :, 0, 0].clone()
-        self.inputs[node.name] = channels
+        channels = self.inputs[node.name] = self._along(node, numbers, 1)
         shape = node.meta["tensor_meta"].shape
         # One input channel and one group is an ordinary convolution of a grey image, not a depthwise one.
         if conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels:
@@ -243,27 +253,42 @@ class ChannelNumbers(fx.Interpreter):
             return self.tie(*tensors, f"it is joined by {word} with channels that must stay")
         if target in ACTIVATION_CALLS or target in PASSING_CALLS:
             return args[0]
-        if target in POOL_CALLS or target in (torch.mean, "mean"):
+        if target in POOL_CALLS:
             return self._pooled(node, args[0])
+        if target in (torch.mean, "mean"):
+            return self._mean(*args, **kwargs)
         if target is getattr and isinstance(args[0], Tensor) and args[1] == "shape":
             return args[0].shape
+        if target in ("view", "reshape"):  # the numbers need not lie in memory as the activations do
+            return args[0].reshape(*args[1:], **kwargs)
         if target in RESHAPES:
             return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
-        if not any(isinstance(value, Tensor) for value in args):  # arithmetic on sizes
+        if not tensors_in((args, kwargs)):  # arithmetic on sizes
             return target(*args, **kwargs)
-        return self._unknown(node, args)
+        return self._unknown(node, args, kwargs)
 
     def _pooled(self, node: fx.Node, numbers: Tensor) -> Tensor:
-        shape = node.meta["tensor_meta"].shape
-        kept = numbers[:, :, :1, :1]
-        return kept.expand(shape) if len(shape) == 4 else kept[:, :, 0, 0].expand(shape)
+        return numbers[:, :, :1, :1].expand(node.meta["tensor_meta"].shape)
 
-    def _like(self, node: fx.Node) -> Tensor:
-        return torch.full(node.meta["tensor_meta"].shape, FIXED)
+    def _mean(self, numbers: Tensor, *args, **kwargs) -> Tensor:
+        lowest, highest = numbers.amin(*args, **kwargs), numbers.amax(*args, **kwargs)
+        if not torch.equal(lowest, highest):
+            raise ValueError("an average over channels of several filters")
+        return lowest
 
-    def _unknown(self, node: fx.Node, args: tuple):
-        name = type(self.network.module_of(node)).__name__ if node.op == "call_module" else getattr(node.target, "__name__", node.target)
-        fx.node.map_aggregate(args, lambda v: self.pin(v, f"it feeds {node.name} ({name})") if isinstance(v, Tensor) else None)
+    def _like(self, node: fx.Node):
+        def fixed(meta):
+            if hasattr(meta, "shape"):
+                return torch.full(meta.shape, FIXED)
+            return tuple(map(fixed, meta)) if isinstance(meta, (tuple, list)) else None
+
+        return fixed(node.meta.get("tensor_meta"))
+
+    def _unknown(self, node: fx.Node, args: tuple, kwargs: dict):
+        module = self.network.module_of(node)
+        name = getattr(node.target, "__name__", node.target) if module is None else type(module).__name__
+        for numbers in tensors_in((args, kwargs)):
+            self.pin(numbers, f"it feeds {node.name} ({name})")
         return self._like(node)
 
     def groups(self) -> dict[int, set[str]]:
@@ -291,3 +316,10 @@ class ChannelNumbers(fx.Interpreter):
                     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                     reasons[layer] = f"on a residual stream: tied to {others[0]}{more}"
         return reasons
+
+
+def tensors_in(values) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+    fx.node.map_aggregate(values, lambda value: found.append(value) if isinstance(value, Tensor) else None)
+    return found

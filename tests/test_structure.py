@@ -1,0 +1,333 @@
+"""What the graph says of a network, against lists made by hand from the architectures' definitions."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from errors import BenchmarkError, ConfigError
+from helpers import conv_names, derive_seed, evaluating, filter_pruning_indices_for_resnet, generator, share_of
+from structure import FIXED, ModelGraph
+from tests.nets import SHAPE, Mixed, Plain, Residual, lively
+
+
+def graph_of(model: nn.Module, shape=SHAPE) -> ModelGraph:
+    return ModelGraph(model.eval(), shape)
+
+
+@pytest.fixture(scope="module")
+def resnets() -> dict[str, ModelGraph]:
+    return {
+        name: graph_of(getattr(torchvision.models, name)(num_classes=10), (3, 32, 32))
+        for name in ("resnet18", "resnet34", "resnet50")
+    }
+
+
+# Taps
+
+
+def test_taps_of_resnet18(resnets):
+    graph = resnets["resnet18"]
+    expected = {"conv1": "bn1"}
+    for layer in (1, 2, 3, 4):
+        for block in (0, 1):
+            if block == 0 and layer > 1:
+                expected[f"layer{layer}.0.downsample.0"] = f"layer{layer}.0.downsample.1"
+            for number in (1, 2):
+                expected[f"layer{layer}.{block}.conv{number}"] = f"layer{layer}.{block}.bn{number}"
+    nodes = {node.name: node.target for node in graph.module.graph.nodes}
+    assert {layer: nodes[graph.tap(layer).node] for layer in graph.convs} == expected
+
+
+def test_taps_without_batch_norm_are_the_activations():
+    graph = graph_of(Plain())
+    assert [graph.tap(layer).node for layer in graph.convs] == ["features_1", "features_4", "features_6"]
+    assert [graph.tap(layer).filters for layer in graph.convs] == [5, 8, 7]
+
+
+def test_taps_of_functional_activations_and_of_bare_convolutions():
+    graph = graph_of(Mixed())
+    taps = {layer: graph.tap(layer).node for layer in graph.convs}
+    assert taps == {"stem": "bn", "grouped": "grouped_bn", "left": "left", "right": "right"}
+
+
+def test_a_convolution_with_several_consumers_is_its_own_response():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.fc((torch.relu(self.bn(x)) + x).mean((2, 3)))
+
+    assert graph_of(Forked()).tap("conv").node == "conv"
+
+
+# Which filters go alone
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_left_out_of_resnets_is_what_the_names_say(resnets, name):
+    graph = resnets[name]
+    by_names = filter_pruning_indices_for_resnet({layer: [0] for layer in graph.convs}, name)
+    assert graph.prunable == tuple(by_names)
+    assert all("residual stream" in reason for reason in graph.left_out.values())
+    assert 0 < len(by_names) < len(graph.convs)
+
+
+def test_prunable_of_resnet18_by_hand(resnets):
+    expected = tuple(f"layer{layer}.{block}.conv1" for layer in (1, 2, 3, 4) for block in (0, 1))
+    assert resnets["resnet18"].prunable == expected
+
+
+def test_prunable_of_mobilenet_v2_by_hand():
+    graph = graph_of(torchvision.models.mobilenet_v2(num_classes=10), (3, 32, 32))
+    # Sandler et al., table 2: blocks of one width, all but the first with an add, so their narrow ends are tied.
+    stages = [(2, 3), (4, 5, 6), (7, 8, 9, 10), (11, 12, 13), (14, 15, 16)]
+    tied = {f"features.{block}.conv.2" for stage in stages for block in stage}
+    depthwise = {f"features.{block}.conv.1.0" for block in range(2, 18)} | {"features.1.conv.0.0"}
+    expansions = {f"features.{block}.conv.0.0" for block in range(2, 18)}
+    alone = {"features.0.0", "features.1.conv.1", "features.17.conv.2", "features.18.0"} | expansions
+    assert set(graph.prunable) == alone
+    assert set(graph.followers) == depthwise
+    assert set(graph.left_out) == depthwise | tied
+    assert len(graph.convs) == 52 == len(alone) + len(depthwise) + len(tied)
+    assert all("residual stream" in graph.left_out[layer] for layer in tied)
+
+
+class DenseBlock(nn.Module):
+    """Each layer reads all earlier ones by concatenation; only the last one's sum with the stem ties anything."""
+
+    def __init__(self, add: bool):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.one = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+        self.two = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))
+        self.fc = nn.Linear(10, 3)
+        self.add = add
+
+    def forward(self, x):
+        x = self.stem(x)
+        one = self.one(x)
+        two = self.two(torch.cat((x, one), 1))
+        two = two + x if self.add else two
+        return self.fc(torch.cat((two, x, one), 1).mean((2, 3)))
+
+
+def test_concatenation_ties_nothing():
+    graph = graph_of(DenseBlock(add=False))
+    assert graph.prunable == ("stem", "one.2", "two.2") and graph.left_out == {}
+    numbers = graph.channels
+    assert numbers.first == {"stem": 0, "one.2": 4, "two.2": 6}
+    assert numbers.inputs["two_2"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert numbers.inputs["fc"].tolist() == [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
+
+
+def test_an_add_ties_what_a_concatenation_passes_on():
+    graph = graph_of(DenseBlock(add=True))
+    assert graph.prunable == ("one.2",)
+    assert "stem" in graph.left_out["two.2"] and "two.2" in graph.left_out["stem"]
+
+
+def test_grouped_convolutions_and_what_feeds_them_stay():
+    graph = graph_of(Mixed())
+    assert graph.prunable == ("left", "right")
+    assert graph.left_out == {
+        "stem": "it feeds grouped, a grouped convolution",
+        "grouped": "it is a grouped convolution",
+    }
+
+
+def test_a_grey_image_is_no_depthwise_convolution():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3), nn.Flatten(), nn.Linear(16, 2))
+    assert graph_of(model, (1, 8, 8)).prunable == ("0", "2")
+
+
+def test_flatten_repeats_a_filter_for_each_of_its_pixels():
+    numbers = graph_of(Plain()).channels
+    first = numbers.first["features.5"]
+    expected = [number for number in range(first, first + 7) for _ in range(4)]
+    assert numbers.inputs["classifier_0"].tolist() == expected
+
+
+def test_a_product_ties_the_gate_to_what_it_scales():
+    class Excited(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.down, self.up = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1)
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.conv(x))
+            gate = torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+            return self.fc((x * gate).mean((2, 3)))
+
+    assert graph_of(Excited()).prunable == ("down",)
+
+
+def test_a_convolution_that_is_the_head_keeps_its_filters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert graph_of(model).left_out == {"2": "it is the network's output"}
+
+
+class Between(nn.Module):
+    """conv -> `middle` -> conv, to see what an operation means for the first one's 4 filters on 6x6 pixels."""
+
+    def __init__(self, middle, reads: int, module: nn.Module | None = None):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(reads, 5, 1)
+        self.fc, self.middle, self.module = nn.Linear(5, 2), middle, module
+
+    def forward(self, x):
+        x = self.middle(self, F.relu(self.one(x)))
+        return self.fc(F.relu(self.two(x)).mean((2, 3)))
+
+
+MOVES = {
+    "view": (lambda net, x: x.view(x.size(0), -1).view(x.size(0), 4, 6, 6), 4, None, [0, 1, 2, 3]),
+    "reshape": (lambda net, x: x.reshape(x.shape[0], 4, 36, 1), 4, None, [0, 1, 2, 3]),
+    "pool": (lambda net, x: F.max_pool2d(x, 2), 4, None, [0, 1, 2, 3]),
+    "pool by keyword": (lambda net, x: F.max_pool2d(input=x, kernel_size=2), 4, None, [0, 1, 2, 3]),
+    "scale": (lambda net, x: 0.5 * x, 4, None, [0, 1, 2, 3]),
+    "mean of pixels": (lambda net, x: x.mean((-2, -1), keepdim=True), 4, None, [0, 1, 2, 3]),
+    "mean of rows": (lambda net, x: torch.mean(x, 2).unsqueeze(2), 4, None, [0, 1, 2, 3]),
+    "shuffle": (lambda net, x: net.module(x), 4, nn.ChannelShuffle(2), [0, 2, 1, 3]),
+    "halves swapped": (lambda net, x: torch.cat(x.chunk(2, 1)[::-1], 1), 4, None, [2, 3, 0, 1]),
+    "slice": (lambda net, x: x[:, 1:], 3, None, [1, 2, 3]),
+    "linear over channels": (
+        lambda net, x: net.module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 4, nn.Linear(4, 4), [FIXED] * 4
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_operations_that_move_channels(name):
+    middle, reads, module, expected = MOVES[name]
+    graph = graph_of(Between(middle, reads, module))
+    assert graph.prunable == ("one", "two")
+    assert graph.channels.inputs["two"].tolist() == expected
+
+
+MIXED = "reads its filters mixed into one channel"
+BINDS = {
+    "mean of channels": (lambda net, x: x * x.mean(1, keepdim=True), 4, None, "it feeds mean (mean)"),
+    "mean as large as the channels": (
+        lambda net, x: x[..., :4, :4].mean((1, 2)).view(-1, 4, 1, 1), 4, None, "it feeds mean (mean)"
+    ),
+    "largest of channels": (lambda net, x: x * torch.max(x, 1, keepdim=True)[0], 4, None, "it feeds max_1 (max)"),
+    "sum of a stack": (lambda net, x: torch.stack([x, x]).sum(0), 4, None, "it feeds stack (stack)"),
+    "einsum": (lambda net, x: torch.einsum("nchw,nchw->nchw", [x, x]), 4, None, "it feeds einsum (einsum)"),
+    "add by keyword": (lambda net, x: torch.add(input=x, other=x), 4, None, "it feeds add (add)"),
+    "group norm": (lambda net, x: net.module(x), 4, nn.GroupNorm(2, 4), "it feeds module (GroupNorm)"),
+    "softmax": (lambda net, x: torch.softmax(x, 1), 4, None, "it feeds softmax (softmax)"),
+    "pixels become channels": (lambda net, x: x.reshape(-1, 2, 12, 6), 2, None, f"two {MIXED}"),
+    "linear over pixels": (lambda net, x: net.module(x), 4, nn.Linear(6, 6), f"module {MIXED}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BINDS)
+def test_operations_that_are_not_known_leave_their_filters_out_by_name(name):
+    middle, reads, module, reason = BINDS[name]
+    graph = graph_of(Between(middle, reads, module))
+    assert graph.left_out == {"one": reason}
+
+
+# Refusals
+
+
+def test_a_shared_convolution_is_refused():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(self.conv(self.conv(x)).mean((2, 3)))
+
+    with pytest.raises(BenchmarkError, match="^conv: runs twice"):
+        graph_of(Shared())
+
+
+def test_control_flow_on_data_is_refused():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.raises(BenchmarkError, match="^Branching: its graph cannot be traced by torch.fx"):
+        graph_of(Branching())
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), nn.Sequential(nn.ReLU())])
+def test_a_model_without_convolutions_is_refused(model):
+    with pytest.raises(BenchmarkError, match="^Sequential: no Conv2d runs in it"):
+        graph_of(model)
+
+
+def test_images_that_do_not_fit_are_refused_without_a_traceback(capfd):
+    with pytest.raises(BenchmarkError, match=r"^Plain: an image of shape \(1, 8, 8\) does not pass through it"):
+        graph_of(Plain(), (1, 8, 8))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_convolution_that_never_runs_is_in_no_list():
+    model = Plain()
+    model.spare = nn.Conv2d(3, 3, 3)
+    graph = graph_of(model)
+    assert "spare" in conv_names(model) and "spare" not in graph.convs and "spare" not in graph.left_out
+
+
+def test_the_graph_leaves_the_network_as_it_was():
+    model = lively(Residual())
+    model.bn1.train()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    assert ModelGraph(model, SHAPE).prunable == ("stem", "conv1")
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+# Helpers
+
+
+def test_share_of_reads_the_ratio_as_it_was_written():
+    assert [share_of(ratio, 100) for ratio in (0, 0.29, 0.57, 0.07, 0.999, 1)] == [0, 29, 57, 7, 99, 100]
+    assert all(share_of(k / 100, 100) == k for k in range(101))
+    assert share_of(0.999, 512) == 511 and share_of(0.5, 7) == 3
+
+
+def test_seeds_depend_on_seed_and_name_alone():
+    assert derive_seed(0, "a") == derive_seed(0, "a")
+    assert len({derive_seed(seed, name) for seed in range(5) for name in "abc"}) == 15
+    assert all(0 <= derive_seed(seed, "x") < 2**63 for seed in range(100))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one, other = (torch.rand(4, generator=generator(3, "layer")) for _ in range(2))
+    assert torch.equal(one, other) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluating_puts_each_mode_back_after_an_exception():
+    model = Residual().train()
+    model.bn1.eval()
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [name for name, module in model.named_modules() if not module.training] == ["bn1"]
+
+
+def test_the_resnet_helper_keeps_its_argument_and_refuses_other_names():
+    given = {"conv1": [1], "layer1.0.conv1": [0], "layer1.0.conv2": [2], "layer2.0.downsample.0": [3]}
+    before = copy.deepcopy(given)
+    assert filter_pruning_indices_for_resnet(given, "resnet18") == {"layer1.0.conv1": [0]}
+    assert filter_pruning_indices_for_resnet(given, "resnet50") == {
+        "conv1": [1], "layer1.0.conv1": [0], "layer1.0.conv2": [2]
+    }  # fmt: skip
+    assert given == before
+    with pytest.raises(ConfigError, match="vgg16.*valid: resnet18"):
+        filter_pruning_indices_for_resnet(given, "vgg16")
