@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,18 +80,13 @@ class FitResult:
     seconds: float
 
 
-@dataclass
 class Tally:
     """Sums over the images seen so far, held on the device: reading them, not adding to them, waits for the device."""
 
-    device: torch.device
-    images: int = 0
-    _loss: Tensor = field(init=False)
-    _correct: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=self.device)
+    def __init__(self, device: torch.device):
+        self.images = 0
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss (a scalar), logits [B, classes], labels [B]."""
@@ -112,12 +107,13 @@ class Tally:
 
 def training_plan(training: Any) -> FitPlan:
     """The plan of the dense model's training, out of the settings under `training`."""
-    return _plan(training, training.epochs, training.lr)
+    shared = {name: getattr(training, name) for name in ("weight_decay", "optimizer", "momentum", "scheduler")}
+    return FitPlan(training.epochs, training.lr, **shared, patience=training.early_stopping_patience)
 
 
 def retraining_plan(training: Any) -> FitPlan:
     """The plan of a pruned model's retraining: its own epochs and learning rate, all else as in training."""
-    return _plan(training, training.retrain_epochs, training.lr_retrain)
+    return replace(training_plan(training), epochs=training.retrain_epochs, lr=training.lr_retrain)
 
 
 def fit(
@@ -137,13 +133,9 @@ def fit(
     nothing behind. On one machine the result is a function of the arguments, bit for bit (on CUDA as far as cuDNN's
     deterministic algorithms reach).
 
-    Raises BenchmarkError when a loss is not finite, when a loader is empty, and for batches of one that BatchNorm
-    cannot train on.
+    Raises BenchmarkError when a loss is not finite, and for a batch of one image that BatchNorm cannot train on.
     """
     start = time.perf_counter()
-    for part, loader in (("training", train_loader), ("validation", validation_loader)):
-        if len(loader) == 0:
-            raise BenchmarkError(f"{part} images: none for {description}; at least one is needed")
     best = copy.deepcopy(model).to(device)
     if plan.epochs == 0:
         return FitResult(best.eval(), [], 0, time.perf_counter() - start)
@@ -162,7 +154,8 @@ def fit(
             validated = validate(working, validation_loader, device)
             row = _row(epoch, trained, validated, rate(0), time.perf_counter() - epoch_start)
             history.append(row)
-            bar.set_description(f"{description}, epoch {epoch}/{plan.epochs}, validation {row.validation_accuracy:.4f}")
+            bar.set_postfix_str(_shown(trained), refresh=False)
+            bar.set_description(f"{description} {epoch}/{plan.epochs}, validation {row.validation_accuracy:.4f}")
             if row.better_than(best_row):
                 best_row = row
                 best.load_state_dict(working.state_dict())  # copied into the argument's own memory layout
@@ -208,7 +201,7 @@ def train_epoch(
         scaler.update()
         tally.add(loss, logits, labels)
         if progress is not None and progress.update():
-            progress.set_postfix_str(f"loss {tally.loss:.4f}, accuracy {tally.accuracy:.4f}", refresh=False)
+            progress.set_postfix_str(_shown(tally), refresh=False)
             if not math.isfinite(tally.loss):
                 break
     return tally
@@ -274,22 +267,14 @@ def _row(epoch: int, trained: Tally, validated: Tally, lr: float, seconds: float
     return EpochRow(epoch, trained.loss, trained.accuracy, validated.loss, validated.accuracy, lr, seconds)
 
 
+def _shown(tally: Tally) -> str:
+    return f"loss {tally.loss:.4f}, accuracy {tally.accuracy:.4f}"
+
+
 def _progress_bar(steps: int, description: str) -> tqdm:
     """A bar on stderr, that of the moment: redrawn often on a terminal, seldom where each drawing adds to a log."""
     refresh = REFRESH_SECONDS[sys.stderr.isatty()]
     return tqdm(total=steps, desc=description, unit="batch", mininterval=refresh, dynamic_ncols=True, file=sys.stderr)
-
-
-def _plan(training: Any, epochs: int, lr: float) -> FitPlan:
-    return FitPlan(
-        epochs=epochs,
-        lr=lr,
-        weight_decay=training.weight_decay,
-        optimizer=training.optimizer,
-        momentum=training.momentum,
-        scheduler=training.scheduler,
-        patience=training.early_stopping_patience,
-    )
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
