@@ -225,6 +225,15 @@ def test_pruning_samples_are_neither_shuffled_nor_augmented(make):
     assert set(before) <= set(marks(make("cifar10").get_dataloaders().train))
 
 
+@every_dataset
+def test_only_the_train_loaders_are_augmented(make, name):
+    for method in ("get_dataloaders", "get_subset_dataloaders"):
+        plain = getattr(make(name), method)()
+        augmented = getattr(make(name, use_data_augmentation=True), method)()
+        changed = {part for part in plain._fields if marks(getattr(plain, part)) != marks(getattr(augmented, part))}
+        assert changed == {"train"}
+
+
 def test_the_order_of_the_list_does_not_change_the_pruning_samples(make):
     lists = [(5, 1, 3), (1, 3, 5)]
     factories = [make("cifar10", selected_classes=classes, num_pruning_samples=8) for classes in lists]
