@@ -28,8 +28,8 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
         run_dir: where records, selections, plots and the environment go; Hydra's run directory by default.
 
     Returns:
-        The records, in the order they were measured: dense, then each ratio pruned and retrained. Ratio 0, the head
-        replaced and nothing removed, always comes first, since every figure is read against it.
+        The records, in the order they were measured: dense, then each ratio pruned and retrained. Ratio 0, nothing
+        removed and the head replaced, is always among them.
 
     Raises:
         BenchmarkError: whatever the user can mend, before anything expensive where that is possible.

@@ -41,7 +41,8 @@ class PruningSelection:
     ):
         if scope not in criterion.scopes:
             raise ConfigError(
-                f"pruning.pruning_scope: {scope!r} is not a scope of {criterion.name}; valid: {', '.join(criterion.scopes)}"
+                f"pruning.pruning_scope: {scope!r} is not a scope of {criterion.name}; "
+                f"valid: {', '.join(criterion.scopes)}"
             )
         if min_filters < 1:
             raise ConfigError(f"pruning.min_filters: {min_filters} would empty a layer; valid: 1 or more")
@@ -82,25 +83,42 @@ class PruningSelection:
         return self.criterion.score(graph, self.layers(graph), self.batches)
 
     def select(self, model: nn.Module | ModelGraph, scores: Scores | None = None) -> dict[float, FilterIndices]:
-        """Ratio -> layer -> filters to remove, in the order of the ratios; scores the network first unless given."""
+        """Ratio -> layer -> filters to remove, in the order of the ratios; scores the network first unless given.
+
+        Raises:
+            ConfigError: a ratio above 0 removes nothing, with a method that removes as many as it is asked to.
+        """
         if scores is None:
             scores = self.score(model)
-        return {
+        chosen = {
             ratio: self.criterion.select(scores, ratio, self.scope, self.min_filters) if ratio else {}
             for ratio in self.ratios
         }
+        empty = [ratio for ratio, indices in chosen.items() if ratio and not indices]
+        if empty and self.criterion.exact:
+            widest = max(map(len, scores.values()))
+            raise ConfigError(
+                f"pruning.pruning_ratio: {empty[0]} removes no filter, the widest layer has {widest} of which "
+                f"pruning.min_filters={self.min_filters} stay; give a larger ratio"
+            )
+        return chosen
 
     def _graph(self, model: nn.Module | ModelGraph) -> ModelGraph:
         return model if isinstance(model, ModelGraph) else ModelGraph(model, self.input_shape)
 
 
 def get_selector(settings, factory) -> PruningSelection:
-    """The selection that a run's settings ask for, its scoring images from `factory` (a `DataLoaderFactory`)."""
+    """The selection that a run's settings ask for, its scoring images from `factory` (a `DataLoaderFactory`).
+
+    Ratio 0 is always among its ratios, first if it was not asked for: nothing removed and the head replaced is what
+    every other figure is read against, since slicing the head alone raises the accuracy.
+    """
     pruning = settings.pruning
+    asked = pruning.pruning_ratio
     criterion = get_criterion(pruning.name, pruning.options, seed=settings.seed)
     return PruningSelection(
         criterion,
-        pruning.pruning_ratio,
+        asked if 0.0 in asked else (0.0, *asked),
         factory.input_shape,
         factory.get_scoring_loader(pruning.scoring_classes) if criterion.needs_data else None,
         scope=pruning.pruning_scope,

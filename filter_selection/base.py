@@ -55,6 +55,7 @@ class Criterion(ABC):
         class_aware: whether it is meant for images of the selected classes only.
         scopes: the rankings it allows, `layer` (within each) and `global` (over all layers together).
         nested: whether what goes at one ratio also goes at every higher one.
+        exact: whether as many filters go as the ratio says; if not, the achieved ratio is an outcome.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Criterion(ABC):
     class_aware: ClassVar[bool] = False
     scopes: ClassVar[tuple[str, ...]] = ("layer", "global")
     nested: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     def __init__(self, *, seed: int = 0):
         self.seed = seed
@@ -76,10 +78,14 @@ class Criterion(ABC):
         The network is left as it was found: weights, statistics, gradients, hooks and train/eval mode.
 
         Raises:
-            BenchmarkError: no scoring images although the method needs them, or a score that is not finite.
+            BenchmarkError: no scoring images although the method needs them, a layer that does not run, or a score that
+                is not finite.
         """
         if self.needs_data and batches is None:
             raise BenchmarkError(f"{self.name}: needs scoring images and was given none")
+        idle = [layer for layer in layers if layer not in graph.convs]
+        if idle:
+            raise BenchmarkError(f"{self.name}: {idle[0]} is no convolution that runs in {type(graph.model).__name__}")
         with evaluating(graph.model):
             scores = self.compute(graph, layers, batches if self.needs_data else None)
         return {layer: self._checked(layer, scores[layer], graph.conv(layer).out_channels) for layer in layers}
@@ -90,7 +96,7 @@ class Criterion(ABC):
             raise BenchmarkError(f"{self.name}: {layer} has {filters} filters and was given {len(values)} scores")
         bad = int((~values.isfinite()).sum())
         if bad:
-            raise BenchmarkError(f"{self.name}: {bad} of the scores of {layer} are not finite; are its weights or inputs?")
+            raise BenchmarkError(f"{self.name}: {bad} scores of {layer} are not finite; are its weights and inputs?")
         return values
 
     def select(self, scores: Scores, ratio: float, scope: str, min_filters: int = 1) -> FilterIndices:
@@ -108,8 +114,8 @@ class ResponseCriterion(Criterion):
         """The state of a layer before any image; its size does not depend on the number of images."""
 
     @abstractmethod
-    def observe(self, state: Tensor, response: Tensor) -> Tensor:
-        """The state after one more batch of responses [N, C, H, W], which must not be changed or kept."""
+    def observe(self, state: Tensor, response: Tensor, labels: Tensor) -> Tensor:
+        """The state after one more batch: responses [N, C, H, W], which must not be changed or kept, and labels [N]."""
 
     def finish(self, state: Tensor, images: int) -> Tensor:
         """The scores [C, ...] from the state after all images."""
@@ -118,19 +124,50 @@ class ResponseCriterion(Criterion):
     def compute(self, graph: ModelGraph, layers: Sequence[str], batches: Batches | None) -> Scores:
         taps = [graph.tap(layer) for layer in layers]
         states = {tap.layer: self.start(tap.filters) for tap in taps}
+        signal = Signal(self.name)
+        labels = torch.empty(0)
 
         def observe(layer: str, response: Tensor) -> None:
-            states[layer] = self.observe(states[layer].to(response.device), response)
+            signal.add(layer, response)
+            states[layer] = self.observe(states[layer].to(response.device), response, labels)
 
         images_seen = 0
         with torch.inference_mode():
             runner = TapRunner(graph, taps, observe)
-            for images, _ in progress(batches, self.name):
+            for images, labels in progress(batches, self.name):  # `observe` reads the labels
                 runner.pass_batch(images)
                 images_seen += len(images)
-        if not images_seen:
-            raise BenchmarkError(f"{self.name}: there are no scoring images")
+        signal.check()
         return {layer: self.finish(state, images_seen) for layer, state in states.items()}
+
+
+class Signal:
+    """Whether each layer has responded with numbers, and with any that is not zero, at the cost of one sum."""
+
+    def __init__(self, method: str):
+        self.method = method
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, layer: str, response: Tensor) -> None:
+        total = response.sum()
+        if total == 0:  # positive and negative responses may cancel
+            total = response.abs().sum()
+        self.totals[layer] = self.totals.get(layer, 0) + total.abs()
+
+    def check(self) -> None:
+        """Raises BenchmarkError for the first layer that has nothing to rank its filters by."""
+        if not self.totals:
+            raise BenchmarkError(f"{self.method}: there are no scoring images")
+        for layer, total in self.totals.items():
+            if not total.isfinite():
+                raise BenchmarkError(
+                    f"{self.method}: responses of {layer} are not finite; are the images and the weights up to it?"
+                )
+            if total == 0:
+                raise BenchmarkError(
+                    f"{self.method}: every response of {layer} is zero on all scoring images, so its filters cannot be "
+                    "ranked; leave it out (model.skip_first_layers) or train the network"
+                )
 
 
 class _AllTapsRead(BaseException):

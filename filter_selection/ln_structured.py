@@ -25,6 +25,5 @@ class LnStructured(Criterion):
         self.norm = norm
 
     def compute(self, graph: ModelGraph, layers: Sequence[str], batches: Batches | None) -> Scores:
-        return {
-            layer: torch.linalg.vector_norm(graph.conv(layer).weight.detach(), self.norm, dim=(1, 2, 3)) for layer in layers
-        }
+        weights = {layer: graph.conv(layer).weight.detach() for layer in layers}
+        return {layer: torch.linalg.vector_norm(weight, self.norm, dim=(1, 2, 3)) for layer, weight in weights.items()}

@@ -51,12 +51,13 @@ class OCAP(ResponseCriterion):
         self.activate = activations[activation_func]
         self.aggregation = aggregation
         self.nested = aggregation == "union"  # counts at one ratio say nothing of the counts at another
+        self.exact = aggregation == "frequency"
 
     def start(self, filters: int) -> Tensor:
         shape = (filters,) if self.aggregation == "union" else (filters, filters)
         return torch.zeros(shape, dtype=torch.int64)
 
-    def observe(self, state: Tensor, response: Tensor) -> Tensor:
+    def observe(self, state: Tensor, response: Tensor, labels: Tensor) -> Tensor:
         ranks = ranks_of(self.activate(response).square_().sum(dim=(2, 3)))
         if self.aggregation == "union":
             return torch.maximum(state, ranks.amax(dim=0))

@@ -1,0 +1,191 @@
+"""One dense network and what becomes of it: every ratio pruned, measured, retrained, measured, and recorded at once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cache import DenseModel
+from data_factory import DataLoaderFactory
+from filter_selection import FilterIndices
+from helpers import derive_seed, share_of
+from metrics import Measurement, measure_inference_time_and_accuracy
+from models import replace_head
+from pruner import Pruner
+from records import Record, append_record, config_hash
+from settings import Settings
+from structure import ModelGraph
+from training import fit, retraining_plan
+
+log = logging.getLogger(__name__)
+
+
+class Experiment:
+    """Measures a dense network and its pruned forms on equal terms; each record is on disk before the next begins.
+
+    Args:
+        settings: the checked configuration.
+        factory: the data.
+        device: where everything runs.
+        run_dir: records.jsonl is appended to here.
+        left_out: convolutions that no filter is selected from -> the reason.
+        dense: the trained network and where it is from.
+        graph: its graph.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        factory: DataLoaderFactory,
+        device: torch.device,
+        run_dir: Path,
+        left_out: dict[str, str],
+        dense: DenseModel,
+        graph: ModelGraph,
+    ):
+        self.settings = settings
+        self.factory = factory
+        self.device = device
+        self.path = run_dir / "records.jsonl"
+        self.left_out = left_out
+        self.dense = dense
+        self.graph = graph
+        self.loaders = factory.get_subset_dataloaders()
+        self.widths = {layer: graph.conv(layer).out_channels for layer in graph.convs}
+        self.prunable = sum(width for layer, width in self.widths.items() if layer not in left_out)
+        self.scoring_seconds = 0.0
+        self.records: list[Record] = []
+        fingerprint = config_hash(settings)
+        self.identity = {
+            "run_id": f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{fingerprint[:8]}",
+            "config_hash": fingerprint,
+            "seed": settings.seed,
+            "method": settings.pruning.name,
+            "dataset": settings.dataset.name,
+            "model": settings.model.name,
+            "selected_classes": settings.selected_classes,
+            "class_names": [settings.class_names[index] for index in settings.selected_classes],
+            "filters_prunable": self.prunable,
+            "filters_total": sum(self.widths.values()),
+            "widths_dense": self.widths,
+            "layers_left_out": [layer for layer in graph.convs if layer in left_out],
+            "training_seconds": dense.training_seconds,
+        }
+
+    def measure_dense(self) -> None:
+        """The dense network with all logits, on the test images of all classes, the selected ones among them."""
+        log.info("Measuring the dense network ...")
+        measured = measure_inference_time_and_accuracy(
+            self.dense.model,
+            self.factory.get_dataloaders().test,
+            num_classes=len(self.settings.class_names),
+            device=self.device,
+            repeats=self.settings.latency.repeats,
+            warmup=self.settings.latency.warmup,
+            latency_batch=self._latency_batch(),
+        )
+        self.reference = measured
+        self._record(self.dense.model, measured, stage="dense", ratio=0.0, indices={}, head="all")
+
+    def measure_ratio(self, ratio: float, indices: FilterIndices, pruner: Pruner) -> None:
+        """Remove, measure, and, where the configuration asks for it, retrain and measure again."""
+        removed = sum(map(len, indices.values()))
+        log.info("Ratio %g: removing %d of %d prunable filters ...", ratio, removed, self.prunable)
+        notes = self._shortfall(ratio, indices)
+        start = time.perf_counter()
+        pruned = pruner.prune(indices)
+        if self.settings.replace_last_layer:
+            pruned = replace_head(pruned, self.settings.selected_classes)
+        costs = {"removal_seconds": time.perf_counter() - start}
+        common = {"ratio": ratio, "indices": indices, "head": self._head()}
+        self._record(pruned, self._measure(pruned), stage="pruned", notes=notes, **common, **costs)
+        if self.settings.training.retrain_after_pruning:
+            result = fit(
+                pruned,
+                self.loaders.train,
+                self.loaders.validation,
+                retraining_plan(self.settings.training),
+                device=self.device,
+                description=f"retraining at ratio {ratio:g}",
+                seed=derive_seed(self.settings.seed, "retraining"),
+            )
+            costs["retraining_seconds"] = result.seconds
+            self._record(result.model, self._measure(result.model), stage="retrained", notes=notes, **common, **costs)
+
+    def _head(self) -> str:
+        return "selected" if self.settings.replace_last_layer else "all"
+
+    def _latency_batch(self) -> torch.Tensor:
+        """The first test batch of the selected classes: every network of a run is timed on the same images."""
+        return next(iter(self.loaders.test))[0]
+
+    def _measure(self, model: nn.Module) -> Measurement:
+        classes = self.settings.selected_classes if self._head() == "selected" else self.settings.class_names
+        return measure_inference_time_and_accuracy(
+            model,
+            self.loaders.test,
+            num_classes=len(classes),
+            device=self.device,
+            repeats=self.settings.latency.repeats,
+            warmup=self.settings.latency.warmup,
+        )
+
+    def _shortfall(self, ratio: float, indices: FilterIndices) -> list[str]:
+        """What a reader must know when nothing goes although the ratio asks for it."""
+        removed, asked = sum(map(len, indices.values())), share_of(ratio, self.prunable)
+        return [] if removed or not asked else [f"no filter goes at ratio {ratio:g}, where {asked} were asked for"]
+
+    def _record(
+        self,
+        model: nn.Module,
+        measured: Measurement,
+        *,
+        stage: str,
+        ratio: float,
+        indices: FilterIndices,
+        head: str,
+        notes: list[str] | None = None,
+        **costs: float,
+    ) -> None:
+        """Turn a measurement into a record, append it to the file, and keep it."""
+        counts = measured.counts
+        everywhere = counts.accuracy if stage == "dense" else None
+        if head == "all":
+            counts = counts.subset(self.settings.selected_classes)
+        names = self.identity["class_names"]
+        removed = sum(map(len, indices.values()))
+        dense = self.reference
+        record = Record(
+            **self.identity,
+            stage=stage,
+            head=head,
+            ratio=ratio,
+            achieved_ratio=removed / self.prunable,
+            filters_removed=removed,
+            accuracy=counts.accuracy,
+            accuracy_all_classes=everywhere,
+            worst_class_accuracy=counts.worst,
+            accuracy_per_class=dict(zip(names, counts.per_class, strict=True)),
+            images_per_class=dict(zip(names, counts.total, strict=True)),
+            macs=measured.macs,
+            macs_ratio=measured.macs / dense.macs if measured.macs and dense.macs else None,
+            params=measured.params,
+            params_ratio=measured.params / dense.params,
+            size_bytes=measured.size_bytes,
+            size_ratio=measured.size_bytes / dense.size_bytes,
+            latency_ms_median=measured.latency.median_ms,
+            latency_ms_p95=measured.latency.p95_ms,
+            latency_batch_size=measured.latency.batch_size,
+            scoring_seconds=None if stage == "dense" else self.scoring_seconds,
+            filters_kept_per_layer={layer: model.get_submodule(layer).out_channels for layer in self.widths},
+            warnings=[*self.factory.warnings, *(notes or []), *measured.warnings],
+            **costs,
+        )
+        append_record(self.path, record)
+        self.records.append(record)
+

@@ -1,0 +1,187 @@
+"""The whole job, shrunk: configuration in, records, files and plots out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+import torchvision
+
+from main import run
+from records import read_records
+from settings import CONFIG_DIR
+from tests.formats import write_cifar10
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+SMALL = [
+    "device=cpu",
+    "dataset.samples_per_class=20",
+    "training.epochs=2",
+    "training.retrain_epochs=1",
+    "latency.repeats=2",
+    "latency.warmup=0",
+    "pruning.pruning_ratio=[0.5,0.9]",
+]
+
+
+def compose(tmp_path: Path, *overrides: str):
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return hydra.compose("config", overrides=[*SMALL, f"cache_dir={tmp_path / 'cache'}", *overrides])
+
+
+def job(tmp_path: Path, name: str, *overrides: str):
+    return run(compose(tmp_path, *overrides), tmp_path / name)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder whose cache of dense models serves all tests here."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def first(shared):
+    return job(shared, "first")
+
+
+def test_every_ratio_is_recorded_before_and_after_retraining(first, shared):
+    stages = [(record.stage, record.ratio) for record in first]
+    assert stages == [("dense", 0.0)] + [(s, r) for r in (0.0, 0.5, 0.9) for s in ("pruned", "retrained")]
+    assert read_records(shared / "first" / "records.jsonl") == first
+    assert [(row["stage"], float(row["ratio"])) for row in rows_of(shared / "first")] == stages
+    dense, untouched = first[0], first[1]
+    assert (dense.head, untouched.head) == ("all", "selected")
+    assert dense.accuracy_all_classes is not None and untouched.accuracy_all_classes is None
+    assert untouched.filters_removed == 0 and untouched.macs < dense.macs  # the head alone has shrunk
+    assert dense.macs - untouched.macs == 512 * 7 and dense.params - untouched.params == 512 * 7 + 7
+    assert untouched.accuracy >= dense.accuracy  # with fewer wrong answers to give, none gets worse
+
+
+def test_figures_fit_the_filters_that_went(first, shared):
+    selections = {entry["ratio"]: entry["filters_removed"] for entry in read_json(shared / "first" / "selections.json")}
+    for record in first[1:]:
+        removed = {layer: len(filters) for layer, filters in selections[record.ratio].items()}
+        assert record.filters_removed == sum(removed.values())
+        for layer, width in record.widths_dense.items():
+            assert record.filters_kept_per_layer[layer] == width - removed.get(layer, 0)
+    deep, shallow = first[5], first[3]
+    assert deep.macs < shallow.macs < first[1].macs and deep.size_bytes < first[1].size_bytes
+
+
+def test_plots_and_environment_are_there(first, shared):
+    folder = shared / "first"
+    assert len(list((folder / "plots").glob("*.png"))) >= 3
+    environment = read_json(folder / "environment.json")
+    assert environment["config_hash"] == first[0].config_hash
+
+
+def test_the_same_run_again_trains_nothing_and_finds_the_same(first, shared, caplog):
+    with caplog.at_level("INFO"):
+        again = job(shared, "again")
+    assert (shared / "again" / "selections.json").read_bytes() == (shared / "first" / "selections.json").read_bytes()
+    assert [r.accuracy_per_class for r in again] == [r.accuracy_per_class for r in first]
+    assert [r.accuracy_all_classes for r in again] == [r.accuracy_all_classes for r in first]
+    assert len(list((shared / "cache").glob("*.pt"))) == 1
+    assert any("cache" in message and ".pt" in message for message in caplog.messages)
+
+
+def test_an_unsorted_list_of_classes_gives_the_same_figures_per_class(first, shared):
+    unsorted = job(shared, "unsorted", "selected_classes=[9,3,8]")
+    assert unsorted[0].class_names == ("9", "3", "8")
+    for one, other in zip(first, unsorted, strict=True):
+        assert one.accuracy_per_class == other.accuracy_per_class
+        assert one.filters_kept_per_layer == other.filters_kept_per_layer
+
+
+def test_classes_by_name_are_the_same_classes(first, shared):
+    named = job(shared, "named", "selected_classes=['3','8','9']", "training.retrain_after_pruning=false")
+    pruned = [record for record in first if record.stage != "retrained"]
+    assert [r.accuracy_per_class for r in named] == [r.accuracy_per_class for r in pruned]
+
+
+def test_without_head_replacement_all_logits_stay(first, shared):
+    kept = job(shared, "kept", "replace_last_layer=false", "training.retrain_after_pruning=false")
+    dense, untouched = kept[0], kept[1]
+    assert {record.head for record in kept} == {"all"}
+    assert untouched.accuracy_per_class == dense.accuracy_per_class == first[0].accuracy_per_class
+    assert untouched.macs == dense.macs
+
+
+def test_class_agnostic_methods_remove_as_many_as_asked(first, shared):
+    without = "training.retrain_after_pruning=false"
+    overall = job(shared, "overall", "pruning=ln_structured", "pruning.pruning_scope=global", without)
+    prunable = overall[0].filters_prunable
+    assert [record.filters_removed for record in overall[1:]] == [0, prunable // 2, prunable * 9 // 10]
+    random = job(shared, "random", "pruning=random", without)
+    widths = [width for layer, width in random[0].widths_dense.items() if layer not in random[0].layers_left_out]
+    by_layer = [sum(width * tenths // 10 for width in widths) for tenths in (0, 5, 9)]
+    assert [record.filters_removed for record in random[1:]] == by_layer
+
+
+def test_given_weights_on_cifar10s_own_files(tmp_path):
+    write_cifar10(tmp_path / "data", images_per_class=8, seed=0)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "weights.pt")
+    records = run_cifar10(tmp_path, "resnet18")
+    assert [record.ratio for record in records] == [0.0, 0.0, 0.85]
+    assert records[0].class_names == ("airplane", "automobile", "bird")
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_on_vgg16(tmp_path):
+    """`python main.py model=vgg16 dataset=cifar10 ... pruning.pruning_ratio="[0.85]" selected_classes=[0,1,2]`."""
+    write_cifar10(tmp_path / "data", images_per_class=8, seed=0)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.vgg16(num_classes=10).state_dict(), tmp_path / "weights.pt")
+    records = run_cifar10(tmp_path, "vgg16")
+    assert records[-1].filters_removed > 0 and records[-1].macs < records[0].macs
+
+
+def run_cifar10(tmp_path: Path, model: str):
+    overrides = [
+        f"model={model}",
+        "dataset=cifar10",
+        f"dataset.root={tmp_path / 'data'}",
+        "training.train=false",
+        f"model.pretrained_weights_path={tmp_path / 'weights.pt'}",
+        "pruning=ocap",
+        "pruning.pruning_ratio=[0.85]",
+        "selected_classes=[0,1,2]",
+        "num_pruning_samples=6",
+        "training.retrain_after_pruning=false",
+        "device=cpu",
+        "latency.repeats=2",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run([sys.executable, str(MAIN), *overrides], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ocap | " + model in done.stdout
+    assert not (tmp_path / "cache").exists()  # nothing was trained, so nothing is kept
+    return read_records(tmp_path / "run" / "records.jsonl")
+
+
+def test_a_sweep_goes_on_after_a_job_that_fails(first, shared, tmp_path):
+    """The dataset of the first job is not where it should be; the second needs no files."""
+    places = [f"cache_dir={shared / 'cache'}", f"hydra.sweep.dir={tmp_path}", f"dataset.root={tmp_path}/none"]
+    sweep = ["-m", "training.retrain_after_pruning=false", "dataset=cifar10,digits"]
+    command = [sys.executable, str(MAIN), *SMALL, *places, *sweep]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and f"{tmp_path}/none" in done.stderr
+    assert not (tmp_path / "0" / "records.jsonl").exists()
+    assert len(read_records(tmp_path / "1" / "records.jsonl")) == 4
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
