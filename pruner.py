@@ -1,4 +1,4 @@
-"""From filters to remove to a smaller network that computes the same as the dense one with those filters' responses zeroed.
+"""From filters to remove to a smaller network: it computes what the dense one does with their responses zeroed.
 
 The dense network is never touched: removal happens on a copy, after the indices were checked, and what came out is
 checked against what was asked for.
@@ -12,11 +12,15 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch_pruning
-from torch import nn
+from torch import fx, nn
 
 from errors import BenchmarkError, ConfigError
 from filter_selection.base import FilterIndices
-from structure import ModelGraph
+from helpers import evaluating
+from structure import FIXED, ModelGraph
+
+# Of the largest output: what float32 rounding leaves of two equal networks, with room for the deepest.
+EQUAL_WITHIN = 1e-3
 
 
 class Pruner(ABC):
@@ -53,7 +57,8 @@ class Pruner(ABC):
                     f"{layer}: is not a convolution of this network; it has {', '.join(self.graph.convs[:3])}, ..."
                 )
             if filters and layer in self.graph.left_out:
-                raise BenchmarkError(f"{layer}: its filters cannot be removed on their own: {self.graph.left_out[layer]}")
+                reason = self.graph.left_out[layer]
+                raise BenchmarkError(f"{layer}: its filters cannot be removed on their own: {reason}")
             width = self.graph.conv(layer).out_channels
             outside = [index for index in filters if not 0 <= index < width]
             if outside:
@@ -71,11 +76,42 @@ class Pruner(ABC):
             if layer not in followers and before - after != asked:
                 raise BenchmarkError(f"{layer}: {asked} filters were to go, but {before - after} of {before} went")
         parameter = next(pruned.parameters())
-        example = torch.zeros(1, *self.graph.input_shape, device=parameter.device, dtype=parameter.dtype)
-        with torch.inference_mode():
-            outputs = pruned(example).shape
-        if outputs != self.graph.output_shape:
-            raise BenchmarkError(f"pruned network: gives {tuple(outputs)}, the dense one {tuple(self.graph.output_shape)}")
+        image = torch.randn(1, *self.graph.input_shape, generator=torch.Generator().manual_seed(0))
+        image = image.to(parameter.device, parameter.dtype)
+        with torch.inference_mode(), evaluating(self.graph.model):
+            actual, expected = pruned(image), MaskedForward(self.graph, indices).run(image)
+        if actual.shape != expected.shape:
+            raise BenchmarkError(f"pruned network: gives {tuple(actual.shape)}, the dense one {tuple(expected.shape)}")
+        difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if not difference <= EQUAL_WITHIN:
+            raise BenchmarkError(
+                f"pruned network: its outputs differ from the masked dense network's by {difference:.1e} of their size "
+                f"(at most {EQUAL_WITHIN:.0e} is rounding); the removal is wrong and its figures would be too"
+            )
+
+
+class MaskedForward(fx.Interpreter):
+    """The dense network with the responses of some filters zeroed: what a pruned network has to compute.
+
+    A depthwise convolution's channels go with the filters they read, so that their responses are zeroed as well.
+    """
+
+    def __init__(self, graph: ModelGraph, indices: FilterIndices):
+        super().__init__(graph.module)
+        numbers = graph.channels
+        gone = {numbers.find(numbers.first[layer] + index) for layer, filters in indices.items() for index in filters}
+        self.filters: dict[str, list[int]] = {}
+        for layer in graph.convs:
+            own = numbers.outputs[layer].tolist()
+            filters = [index for index, number in enumerate(own) if number != FIXED and numbers.find(number) in gone]
+            if filters:
+                self.filters[graph.tap(layer).node] = filters
+
+    def run_node(self, node: fx.Node):
+        value = super().run_node(node)
+        if node.name in self.filters:
+            value = value.index_fill(1, torch.tensor(self.filters[node.name], device=value.device), 0)
+        return value
 
 
 class DepGraphPruner(Pruner):

@@ -73,7 +73,7 @@ class ModelGraph:
             example = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
             try:
                 with redirect_stderr(StringIO()):  # ShapeProp prints a traceback of what it raises
-                    self.output_shape = ShapeProp(self.module).propagate(example).shape
+                    ShapeProp(self.module).propagate(example)
             except Exception as error:  # whatever the layer that does not fit raises
                 reason = str(error.__cause__ or error).splitlines()[0]
                 raise BenchmarkError(

@@ -174,8 +174,8 @@ def run_cifar10(tmp_path: Path, model: str):
 def test_a_sweep_goes_on_after_a_job_that_fails(first, shared, tmp_path):
     """The dataset of the first job is not where it should be; the second needs no files."""
     places = [f"cache_dir={shared / 'cache'}", f"hydra.sweep.dir={tmp_path}", f"dataset.root={tmp_path}/none"]
-    sweep = ["-m", "training.retrain_after_pruning=false", "dataset=cifar10,digits"]
-    command = [sys.executable, str(MAIN), *SMALL, *places, *sweep]
+    sweep = ["training.retrain_after_pruning=false", "dataset=cifar10,digits"]
+    command = [sys.executable, str(MAIN), "-m", *SMALL, *places, *sweep]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and f"{tmp_path}/none" in done.stderr

@@ -16,6 +16,7 @@ from structure import ModelGraph
 from tests.oracles import masked
 
 SHAPE = (3, 32, 32)
+VGGS = ["vgg16", "vgg16_bn"]
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -53,6 +54,14 @@ class Small(nn.Module):
         return self.head(torch.flatten(x, 1))
 
 
+def small_vgg(batch_norm: bool) -> nn.Module:
+    """torchvision's VGG with its flatten of 7x7 pixels a channel, at a width that a test can afford."""
+    layers = torchvision.models.vgg.make_layers([8, "M", 12, "M", 10], batch_norm=batch_norm)
+    model = torchvision.models.VGG(layers, num_classes=10)
+    model.classifier = nn.Sequential(nn.Linear(10 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10))
+    return model
+
+
 def assert_equal_to_masking(graph: ModelGraph, indices: dict[str, list[int]], pruner: str) -> None:
     images = torch.randn(2, *graph.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     pruned = get_pruner(pruner, graph).prune(indices)
@@ -84,7 +93,10 @@ def test_any_subset_that_leaves_one_filter_equals_masking(small, data):
     assert_equal_to_masking(small, indices, "depgraph")
 
 
-@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "resnet18", "resnet50", "mobilenet_v2"])
+slow = pytest.mark.slow  # VGGs: a gigabyte of weights in float64
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", *(pytest.param(v, marks=slow) for v in VGGS)])
 @pytest.mark.parametrize("ratio", [0.3, 0.999])
 def test_torchvision_models_equal_masking(name, ratio):
     torch.manual_seed(0)
@@ -92,6 +104,16 @@ def test_torchvision_models_equal_masking(name, ratio):
     criterion = get_criterion("random", seed=3)
     indices = criterion.select(criterion.score(graph, graph.prunable), ratio, "layer")
     assert all(indices[layer] for layer in graph.prunable)
+    assert_equal_to_masking(graph, indices, "depgraph")
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("ratio", [0.3, 0.999])
+def test_flattened_features_equal_masking(batch_norm, ratio):
+    torch.manual_seed(0)
+    graph = ModelGraph(lively(small_vgg(batch_norm)), SHAPE)
+    criterion = get_criterion("random", seed=3)
+    indices = criterion.select(criterion.score(graph, graph.prunable), ratio, "layer")
     assert_equal_to_masking(graph, indices, "depgraph")
 
 
@@ -127,6 +149,17 @@ def test_nothing_to_remove_is_a_copy(small):
     assert pruned is not small.model
     with torch.no_grad():
         assert torch.equal(pruned(images), small.model(images))
+
+
+def test_a_removal_that_computes_something_else_is_caught(small):
+    class Careless(DepGraphPruner):
+        """Removes other filters than it was asked to: every width is right, the network is not."""
+
+        def _remove(self, model, indices):
+            super()._remove(model, {layer: [index + 1 for index in filters] for layer, filters in indices.items()})
+
+    with pytest.raises(BenchmarkError, match="differ from the masked dense network's"):
+        Careless(small).prune({"inner.0": [0, 2]})
 
 
 @pytest.mark.parametrize(
