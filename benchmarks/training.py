@@ -1,6 +1,6 @@
 """What an epoch through `training.train_epoch` costs beside a bare loop: 1.05 times at most is the aim.
 
-    python -m benchmarks.training [--models resnet18 vgg16] [--images 512] [--repeats 15] [--threads N]
+    python -m benchmarks.training [--models resnet18 vgg16] [--images 128] [--repeats 15] [--threads N]
 
 Ours loads from a `TensorLoader` (uint8 in memory, normalised a batch at a time), follows a learning-rate schedule,
 draws the progress bar, and counts loss and accuracy. The bare loop does forward, backward and step over the same
@@ -74,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=["resnet18", "vgg16"])
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--augment", action="store_true", help="crop and flip; free for the bare loop")
     parser.add_argument("--repeats", type=int, default=15)
@@ -82,7 +82,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = f"{options.images} images at 32x32, batches of {options.batch_size}, {options.threads} threads"
-    print(f"{setting}, torch {torch.__version__}, {options.repeats} pairs; ratio: median (quartiles)")
+    print(f"{setting}, torch {torch.__version__}, {options.repeats} pairs; ratio: median (quartiles)", flush=True)
     plan = FitPlan(epochs=1, lr=1e-4, optimizer=options.optimizer)
     slowest = 0.0
     for name in options.models:
@@ -93,7 +93,8 @@ def main() -> int:
         low, middle, high = statistics.quantiles([ours / bare for bare, ours in pairs], n=4, method="inclusive")
         slowest = max(slowest, middle)
         bare, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(f"{name:14} bare {bare:.3f} s  train_epoch {ours:.3f} s  ratio {middle:.3f} ({low:.3f} to {high:.3f})")
+        seconds = f"bare {bare:.3f} s  train_epoch {ours:.3f} s"
+        print(f"{name:14} {seconds}  ratio {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
     print(f"slowest {slowest:.3f}, limit {LIMIT}")
     return int(slowest > LIMIT)
 
