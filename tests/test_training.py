@@ -129,6 +129,18 @@ def test_result_has_the_memory_layout_of_the_argument():
     assert not result.model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_training_and_validation_run_in_channels_last_layout():
+    seen, layout = [], torch.channels_last
+
+    def record(module, inputs):
+        seen.append((module.weight.is_contiguous(memory_format=layout), inputs[0].is_contiguous(memory_format=layout)))
+
+    model = make_model()
+    model[0].register_forward_pre_hook(record)  # the copy that is trained has it too
+    run(model)
+    assert seen == [(True, True)] * 18  # 3 epochs of 3 training and 3 validation batches
+
+
 def test_best_validation_epoch_is_returned_and_a_lower_loss_breaks_ties(monkeypatch):
     outcomes = [(50, 0.5), (80, 0.9), (70, 0.1), (80, 0.6), (80, 0.7), (60, 0.0)]
     seen = script_validation(monkeypatch, outcomes)
