@@ -5,7 +5,9 @@ The colours of methods are those of Okabe and Ito, which any colour vision tells
 
 import hashlib
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -53,7 +55,7 @@ def method_colour(method: str) -> str:
 def render(figure: Figure) -> dict[str, bytes]:
     """The figure as a PNG and a PDF file, by their suffix; the same figure gives the same bytes."""
     files = {}
-    with rc_context(STYLE):
+    with rc_context(STYLE), _quiet("fontTools"):  # which logs every table of every font it embeds
         figure.draw_without_rendering()  # lays it out, once for both
         figure.set_layout_engine("none")
         for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
@@ -61,6 +63,18 @@ def render(figure: Figure) -> dict[str, bytes]:
             figure.savefig(content, format=suffix, metadata=metadata)
             files[suffix] = content.getvalue()
     return files
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Within the block, of this library's messages only warnings and errors reach the log."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def title(figure: Figure, record: Record, what: str) -> None:

@@ -344,9 +344,12 @@ def test_names_are_shown_as_they_are_written():
     assert "$10_note$ (40 images)" in figure_texts(figure)
 
 
-def test_drawing_leaves_matplotlib_as_it_was():
+def test_drawing_is_silent_and_leaves_matplotlib_as_it_was(caplog):
     import matplotlib
 
-    before = dict(matplotlib.rcParams)
-    plot_style.render(plots.filters_kept(run_records()))
+    before, level = dict(matplotlib.rcParams), logging.getLogger("fontTools").level
+    with caplog.at_level(logging.INFO):
+        plot_style.render(plots.filters_kept(run_records()))
+    assert caplog.records == []
     assert dict(matplotlib.rcParams) == before
+    assert logging.getLogger("fontTools").level == level
