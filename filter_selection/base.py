@@ -134,7 +134,7 @@ class ResponseCriterion(Criterion):
         images_seen = 0
         with torch.inference_mode():
             runner = TapRunner(graph, taps, observe)
-            for images, labels in progress(batches, self.name):  # `observe` reads the labels
+            for images, labels in progress(batches, self.name):  # noqa: B007  `observe` reads the labels
                 runner.pass_batch(images)
                 images_seen += len(images)
         signal.check()
@@ -208,6 +208,18 @@ class TapRunner(fx.Interpreter):
             if not self.left:
                 raise _AllTapsRead
         return value
+
+
+def refuse_all_zero(method: str, scores: Scores, reason: str) -> Scores:
+    """The scores, unless those of a layer are all zero: its filters would go in the order of their numbers.
+
+    Raises:
+        BenchmarkError: naming the first such layer, with the reason.
+    """
+    for layer, values in scores.items():
+        if not values.any():
+            raise BenchmarkError(f"{method}: {layer} scores zero throughout and cannot be ranked: {reason}")
+    return scores
 
 
 def progress(batches: Batches, description: str) -> tqdm:

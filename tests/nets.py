@@ -90,6 +90,14 @@ class Mixed(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(F.hardswish(torch.cat((left, right), 1)), 1).flatten(1))
 
 
+# Network -> convolution -> module whose output is its filters' response, by hand.
+NETS = {
+    "residual": (Residual, {"stem": "stem_bn", "conv1": "bn1", "conv2": "bn2", "shortcut": "shortcut"}),
+    "plain": (Plain, {"features.0": "features.1", "features.3": "features.4", "features.5": "features.6"}),
+    "mixed": (Mixed, {"stem": "bn", "grouped": "grouped_bn", "left": "left", "right": "right"}),
+}
+
+
 def images_and_labels(count: int = 13, seed: int = 1, shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor]:
     """float64 [count, *shape] and labels [count] out of 0, 2 and 3, in no order: class 1 has no image."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,15 +12,9 @@ from errors import ConfigError
 from filter_selection import get_criterion
 from filter_selection.ocap import ranks_of
 from structure import ModelGraph
-from tests.nets import SHAPE, Mixed, Plain, Residual, batches, images_and_labels, lively
+from tests.nets import NETS, SHAPE, Plain, Residual, batches, images_and_labels, lively
 
 RATIOS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.999]
-# Network -> convolution -> module whose output is its filters' response, by hand.
-NETS = {
-    "residual": (Residual, {"stem": "stem_bn", "conv1": "bn1", "conv2": "bn2", "shortcut": "shortcut"}),
-    "plain": (Plain, {"features.0": "features.1", "features.3": "features.4", "features.5": "features.6"}),
-    "mixed": (Mixed, {"stem": "bn", "grouped": "grouped_bn", "left": "left", "right": "right"}),
-}
 ACTIVATIONS = {
     "leaky_relu": lambda response: torch.where(response > 0, response, 0.01 * response),
     "relu": lambda response: response.clamp(min=0),
