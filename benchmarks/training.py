@@ -72,7 +72,7 @@ def our_epoch(model: nn.Module, loader: TensorLoader, plan: FitPlan) -> Callable
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=["resnet18", "vgg16"])
+    parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=["resnet18"])
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
