@@ -1,7 +1,7 @@
 """For each class, the share of its images on which a filter does something.
 
-A state [classes, filters + 1] holds counts by original label, the images of the class in its last column. They are whole
-numbers, so that the cut into batches leaves no trace.
+A state [classes, filters + 1] holds counts by original label, the images of the class in its last column. Counts are
+whole numbers, so that the cut into batches leaves no trace.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from structure import ModelGraph
 @register("random")
 class Random(Criterion):
     needs_data = False
+    scopes = ("layer",)
 
     def compute(self, graph: ModelGraph, layers: Sequence[str], batches: Batches | None) -> Scores:
         return {

@@ -62,6 +62,8 @@ class TorchPruner(Criterion):
         attributions = {"taylor": SignedTaylor if signed else Taylor, "apoz": APoZ, "sensitivity": Sensitivity}
         if attribution not in attributions:
             raise ConfigError(f"pruning.attribution: {attribution!r} is unknown; valid: {', '.join(attributions)}")
+        if signed and attribution != "taylor":
+            raise ConfigError(f"pruning.signed: true; {attribution} has no sign, only pruning.attribution=taylor has one")
         self.attribution = attribution
         self.attributing = attributions[attribution](seed=seed)
 

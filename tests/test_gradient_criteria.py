@@ -328,6 +328,7 @@ def test_apoz_reads_no_labels():
     ("method", "options", "message"),
     [
         ("torchpruner", {"attribution": "shap"}, "pruning.attribution: 'shap' is unknown; valid: taylor, apoz, sensit"),
+        ("torchpruner", {"attribution": "apoz", "signed": True}, "pruning.signed: true; apoz has no sign, only pruning"),
         ("class_taylor", {"threshold": -1.0}, "pruning.threshold: -1.0 is exceeded everywhere; valid: 0 or more"),
     ],
 )

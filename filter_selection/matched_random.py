@@ -1,0 +1,135 @@
+"""Matched random: in each layer as many filters as another method removes there, drawn at random.
+
+The control that separates which filters a method takes from how many it takes in each layer. The order of the draw is a
+function of the seed and the layer's name, so that the filters are those of no method, and the counts exactly its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from errors import ConfigError
+from filter_selection.base import REGISTRY, Batches, Criterion, FilterIndices, Scores, get_criterion, register
+from helpers import generator
+from schema import convert, kind_of_default
+from settings import CONFIG_DIR, PruningSettings
+from structure import ModelGraph
+
+
+@register("matched_random")
+class MatchedRandom(Criterion):
+    """Its scores are the matched method's; with the selections of a file, the order of the draw.
+
+    Args:
+        match: the method whose counts are taken.
+        match_options: that method's own keys where they differ from its YAML, as a mapping or as texts `key=value`.
+        match_selections: the selections.json of a run, whose counts are taken instead.
+    """
+
+    def __init__(
+        self,
+        *,
+        match: str = "ocap",
+        match_options: Mapping[str, Any] | Sequence[str] = (),
+        match_selections: str | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(seed=seed)
+        self.path = match_selections
+        self.given = None if match_selections is None else _counts_of_file(match_selections)
+        self.matched = None
+        if self.given is not None:
+            self.needs_data, self.nested, self.exact = False, False, False
+            return
+        others = sorted(REGISTRY.keys() - {self.name})
+        if match not in others:
+            raise ConfigError(f"pruning.match: {match!r} is no method to be matched; valid: {', '.join(others)}")
+        self.matched = get_criterion(match, _options(match, match_options), seed=seed)
+        for fact in ("needs_data", "class_aware", "scopes", "nested", "exact"):
+            setattr(self, fact, getattr(self.matched, fact))
+
+    def compute(self, graph: ModelGraph, layers: Sequence[str], batches: Batches | None) -> Scores:
+        if self.matched is not None:
+            return self.matched.compute(graph, layers, batches)
+        drawn = {layer: self._drawn(layer, graph.conv(layer).out_channels) for layer in layers}
+        return {layer: torch.argsort(order).double() for layer, order in drawn.items()}
+
+    def select(self, scores: Scores, ratio: float, scope: str, min_filters: int = 1) -> FilterIndices:
+        if self.matched is not None:
+            matched = self.matched.select(scores, ratio, scope, min_filters)
+            counts = {layer: len(filters) for layer, filters in matched.items()}
+        else:
+            counts = self._counts_at(ratio, scores, min_filters)
+        return {
+            layer: sorted(self._drawn(layer, len(scores[layer]))[:count].tolist())
+            for layer, count in counts.items()
+            if count
+        }
+
+    def _drawn(self, layer: str, filters: int) -> Tensor:
+        """The layer's filters in the order in which they are removed."""
+        return torch.randperm(filters, generator=generator(self.seed, f"{self.name}/{layer}"))
+
+    def _counts_at(self, ratio: float, scores: Scores, min_filters: int) -> dict[str, int]:
+        key = f"pruning.match_selections: {self.path}"
+        if ratio not in self.given:
+            raise ConfigError(f"{key}; has no ratio {ratio}, it has {', '.join(map(str, self.given))}")
+        for layer, count in self.given[ratio].items():
+            if layer not in scores:
+                raise ConfigError(f"{key}; removes filters of {layer}, which this run does not prune")
+            if count > len(scores[layer]) - min_filters:
+                raise ConfigError(
+                    f"{key}; removes {count} of the {len(scores[layer])} filters of {layer} at ratio {ratio}, where "
+                    f"pruning.min_filters={min_filters} must stay"
+                )
+        return self.given[ratio]
+
+
+def default_options(method: str) -> dict[str, Any]:
+    """A method's own keys with the values that `config/pruning/<method>.yaml` gives them."""
+    general = {field.name for field in fields(PruningSettings)} | {"choices"}
+    return {key: value for key, value in _declared(method).items() if key not in general}
+
+
+def _declared(method: str) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "pruning" / f"{method}.yaml"))
+    for base in content.pop("defaults", []):
+        content = content if base == "_self_" else _declared(base) | content
+    return content
+
+
+def _options(method: str, given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    defaults = default_options(method)
+    try:
+        changed = given if isinstance(given, Mapping) else OmegaConf.to_object(OmegaConf.from_dotlist(list(given)))
+    except Exception as error:  # whatever the parser raises
+        raise ConfigError(f"pruning.match_options: {given}; must be a list of texts key=value") from error
+    unknown = [key for key in changed if key not in defaults]
+    if unknown:
+        raise ConfigError(
+            f"pruning.match_options: {unknown[0]!r} is no key of {method}; valid: {', '.join(defaults) or 'none'}"
+        )
+    kinds = {key: kind_of_default(value) for key, value in defaults.items()}
+    return defaults | {key: convert(f"pruning.match_options: {key}", changed[key], kinds[key]) for key in changed}
+
+
+def _counts_of_file(path: str) -> dict[float, dict[str, int]]:
+    """Ratio -> layer -> filters removed."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            blocks = json.load(file)
+        return {
+            float(block["ratio"]): {layer: len(filters) for layer, filters in block["filters_removed"].items()}
+            for block in blocks
+        }
+    except OSError as error:
+        raise ConfigError(f"pruning.match_selections: {path}; cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"pruning.match_selections: {path}; is not the selections.json of a run") from error
