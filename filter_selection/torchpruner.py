@@ -63,7 +63,7 @@ class TorchPruner(Criterion):
         if attribution not in attributions:
             raise ConfigError(f"pruning.attribution: {attribution!r} is unknown; valid: {', '.join(attributions)}")
         if signed and attribution != "taylor":
-            raise ConfigError(f"pruning.signed: true; {attribution} has no sign, only pruning.attribution=taylor has one")
+            raise ConfigError(f"pruning.signed: true; {attribution} has no sign, only attribution=taylor has one")
         self.attribution = attribution
         self.attributing = attributions[attribution](seed=seed)
 

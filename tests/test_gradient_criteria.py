@@ -10,7 +10,7 @@ from torch import nn
 
 from errors import BenchmarkError, ConfigError
 from filter_selection import get_criterion
-from filter_selection.crisp import weight_gradients
+from filter_selection.crisp import sum_of_absolute_gradients
 from filter_selection.gradients import GradientCriterion, frozen
 from structure import ModelGraph
 from tests.nets import CLASSES, NETS, SHAPE, Plain, Residual, batches, images_and_labels, lively
@@ -178,34 +178,39 @@ def test_crisp_takes_the_absolute_value_of_each_images_own_gradient(net, batch_s
         nn.Conv2d(4, 4, (3, 2), dilation=(1, 2), padding="same", bias=False),
         nn.Conv2d(4, 3, 3, stride=(1, 2), padding=(2, 1), padding_mode="circular"),
         nn.Conv2d(4, 3, 2, padding="valid"),
+        nn.Conv2d(4, 6, (7, 6), groups=2),  # one position only
     ],
 )
-def test_weight_gradients_image_by_image(conv):
+def test_absolute_gradients_are_those_of_each_image(conv, monkeypatch):
     conv = conv.double()
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 4, 7, 6, dtype=torch.float64, generator=generator)
     outputs = conv(inputs)
     gradient = torch.randn(outputs.shape, dtype=torch.float64, generator=generator)
-    found = list(weight_gradients(conv, inputs, gradient))
-    assert len(found) == 3
+    expected = torch.zeros_like(conv.weight)
     for n in range(3):
-        (expected,) = torch.autograd.grad(outputs[n], conv.weight, gradient[n], retain_graph=True)
-        assert torch.allclose(found[n], expected, rtol=1e-12, atol=1e-12)
+        expected += torch.autograd.grad(outputs[n], conv.weight, gradient[n], retain_graph=True)[0].abs()
+    for block in (128, 2, 1):
+        monkeypatch.setattr("filter_selection.crisp.BLOCK", block)
+        assert torch.allclose(sum_of_absolute_gradients(conv, inputs, gradient), expected, rtol=1e-12, atol=1e-12)
 
 
 # The pass itself
 
 
 class Overwriting(nn.Module):
-    """Each way of writing over a response that has just been read: method, function, positional flag, operator."""
+    """Each way of writing over a response that has just been there: module, method, function, keyword, flag, alias."""
 
     def __init__(self, how: str):
         super().__init__()
         self.conv, self.bn, self.fc, self.how = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(5, CLASSES), how
+        self.leaky = nn.LeakyReLU(0.3, inplace=True)
 
     def forward(self, x):
         x = self.bn(self.conv(x))
-        if self.how == "method":
+        if self.how == "module":
+            x = self.leaky(x)
+        elif self.how == "method":
             x = x.sigmoid_()
         elif self.how == "function":
             x = torch.sigmoid_(x)
@@ -213,12 +218,12 @@ class Overwriting(nn.Module):
             x = F.hardswish(x, inplace=True)
         elif self.how == "flag":
             x = F.leaky_relu(x, 0.3, True)
-        elif self.how == "chain":
-            x = F.elu(nn.functional.dropout(x, 0.5, False), inplace=True)
+        elif self.how == "alias":
+            x = F.elu(nn.Identity()(x).view(-1, 5, 6, 6), inplace=True)
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("how", ["method", "function", "keyword", "flag", "chain"])
+@pytest.mark.parametrize("how", ["module", "method", "function", "keyword", "flag", "alias"])
 def test_a_response_is_read_before_it_is_overwritten(how):
     model, (images, labels) = lively(Overwriting(how)), images_and_labels()
     expected = naive(model, {"conv": "bn"}, images, labels, *NAIVE["torchpruner", "taylor"])
@@ -328,7 +333,7 @@ def test_apoz_reads_no_labels():
     ("method", "options", "message"),
     [
         ("torchpruner", {"attribution": "shap"}, "pruning.attribution: 'shap' is unknown; valid: taylor, apoz, sensit"),
-        ("torchpruner", {"attribution": "apoz", "signed": True}, "pruning.signed: true; apoz has no sign, only pruning"),
+        ("torchpruner", {"attribution": "apoz", "signed": True}, "pruning.signed: true; apoz has no sign, only attr"),
         ("class_taylor", {"threshold": -1.0}, "pruning.threshold: -1.0 is exceeded everywhere; valid: 0 or more"),
     ],
 )
