@@ -134,7 +134,7 @@ class GradientRunner(fx.Interpreter):
         name = getattr(target, "__name__", "")
         if kwargs.get("inplace"):
             kwargs = {**kwargs, "inplace": False}
-        elif target in IN_PLACE_OPERATORS or name.endswith("_") or any(word is True for word in args):
+        elif target in IN_PLACE_OPERATORS or name.endswith("_"):
             args = _with_copy_of_first(args)
         return super().call_function(target, args, kwargs)
 
