@@ -165,6 +165,8 @@ def _check_logits(method: str, logits: Tensor, labels: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
         given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise BenchmarkError(f"{method}: the network's output must be one row of logits an image, not {given}")
+    if not logits.requires_grad:
+        raise BenchmarkError(f"{method}: no logit depends on the layers to be scored, so they have no gradient")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise BenchmarkError(
             f"{method}: labels from {int(labels.min())} to {int(labels.max())} for {logits.shape[1]} logits; "

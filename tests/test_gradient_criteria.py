@@ -321,6 +321,24 @@ def test_an_output_that_is_no_row_of_logits_is_refused():
         get_criterion("torchpruner").score(ModelGraph(model, SHAPE), ["0"], batches(*images_and_labels()))
 
 
+class DeadEnd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dead, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        x = self.conv(x)
+        self.dead(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("layers", "message"), [(["dead"], "no logit dep"), (["conv", "dead"], "dead scores zero")])
+@pytest.mark.parametrize("method", ["torchpruner", "class_taylor", "crisp"])
+def test_a_layer_that_leads_nowhere_is_refused(method, layers, message):
+    with pytest.raises(BenchmarkError, match=f"{method}: {message}"):
+        get_criterion(method).score(ModelGraph(lively(DeadEnd()), SHAPE), layers, batches(*images_and_labels()))
+
+
 def test_apoz_reads_no_labels():
     images, labels = images_and_labels()
     graph = ModelGraph(lively(Plain()), SHAPE)
