@@ -18,6 +18,7 @@ from metrics import Measurement, measure_inference_time_and_accuracy
 from models import replace_head
 from pruner import Pruner
 from records import Record, append_record, config_hash
+from selection import PruningSelection
 from settings import Settings
 from structure import ModelGraph
 from training import fit, retraining_plan
@@ -33,7 +34,7 @@ class Experiment:
         factory: the data.
         device: where everything runs.
         run_dir: records.jsonl is appended to here.
-        left_out: convolutions that no filter is selected from -> the reason.
+        selector: which filters go, and which layers are left out.
         dense: the trained network and where it is from.
         graph: its graph.
     """
@@ -44,7 +45,7 @@ class Experiment:
         factory: DataLoaderFactory,
         device: torch.device,
         run_dir: Path,
-        left_out: dict[str, str],
+        selector: PruningSelection,
         dense: DenseModel,
         graph: ModelGraph,
     ):
@@ -52,7 +53,8 @@ class Experiment:
         self.factory = factory
         self.device = device
         self.path = run_dir / "records.jsonl"
-        self.left_out = left_out
+        self.left_out = left_out = selector.left_out(graph)
+        self.exact = selector.criterion.exact
         self.dense = dense
         self.graph = graph
         self.loaders = factory.get_subset_dataloaders()
@@ -98,7 +100,7 @@ class Experiment:
         log.info("Ratio %g: removing %d of %d prunable filters ...", ratio, removed, self.prunable)
         notes = self._shortfall(ratio, indices)
         start = time.perf_counter()
-        pruned = pruner.prune(indices)
+        pruned = pruner.prune(indices)  # with its proof against masking: that is what a removal costs here
         if self.settings.replace_last_layer:
             pruned = replace_head(pruned, self.settings.selected_classes)
         costs = {"removal_seconds": time.perf_counter() - start}
@@ -136,9 +138,20 @@ class Experiment:
         )
 
     def _shortfall(self, ratio: float, indices: FilterIndices) -> list[str]:
-        """What a reader must know when nothing goes although the ratio asks for it."""
-        removed, asked = sum(map(len, indices.values())), share_of(ratio, self.prunable)
-        return [] if removed or not asked else [f"no filter goes at ratio {ratio:g}, where {asked} were asked for"]
+        """What a reader must know when fewer filters go than the ratio asks for.
+
+        A method that is not exact (OCAP's union) achieves less by its nature, and the achieved ratio says how much;
+        only where it removes nothing at all is that worth a warning.
+        """
+        widths = [width for layer, width in self.widths.items() if layer not in self.left_out]
+        by_layer = self.settings.pruning.pruning_scope == "layer"
+        asked = sum(share_of(ratio, width) for width in widths) if by_layer else share_of(ratio, sum(widths))
+        removed = sum(map(len, indices.values()))
+        if removed >= asked or (removed and not self.exact):
+            return []
+        floor = f"pruning.min_filters={self.settings.pruning.min_filters} stay in each layer"
+        reason = floor if self.exact else "the images agree on no filter"
+        return [f"{removed} filters go at ratio {ratio:g}, which asks for {asked}: {reason}"]
 
     def _record(
         self,

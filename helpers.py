@@ -33,7 +33,7 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
-            raise ConfigError(f"device: {device} is not on this machine, which has {count} CUDA devices; use device=cpu")
+            raise ConfigError(f"device: {device}; this machine has {count} CUDA devices, use device=cpu or device=auto")
     return chosen
 
 
@@ -52,11 +52,6 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def share_of(ratio: float, count: int) -> int:
     """floor(count * ratio) with the ratio read as the decimal it was written as: 0.29 of 100 is 29, not 28."""
     return math.floor(Fraction(repr(float(ratio))) * count)
-
-
-def conv_names(model: nn.Module) -> list[str]:
-    """Names of all `Conv2d` layers, in the order of `model.named_modules()`."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
 
 
 def filter_pruning_indices_for_resnet(indices: dict[str, list[int]], model_name: str) -> dict[str, list[int]]:

@@ -58,7 +58,7 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
 
     dense = dense_model(settings, factory, device)
     graph = ModelGraph(dense.model, factory.input_shape)
-    experiment = Experiment(settings, factory, device, run_dir, selector.left_out(graph), dense, graph)
+    experiment = Experiment(settings, factory, device, run_dir, selector, dense, graph)
 
     log.info("Scoring %d layers with %s ...", len(selector.layers(graph)), settings.pruning.name)
     start = time.perf_counter()

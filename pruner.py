@@ -7,7 +7,6 @@ checked against what was asked for.
 from __future__ import annotations
 
 import copy
-import warnings
 from abc import ABC, abstractmethod
 
 import torch
@@ -17,7 +16,7 @@ from torch import fx, nn
 from errors import BenchmarkError, ConfigError
 from filter_selection.base import FilterIndices
 from helpers import evaluating
-from structure import FIXED, ModelGraph
+from structure import FIXED, ModelGraph, dependency_graph
 
 # Of the largest output: what float32 rounding leaves of two equal networks, with room for the deepest.
 EQUAL_WITHIN = 1e-3
@@ -120,11 +119,7 @@ class DepGraphPruner(Pruner):
     def _remove(self, model: nn.Module, indices: FilterIndices) -> None:
         trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(True)  # the library finds dependencies along gradient functions
-        parameter = next(model.parameters())
-        example = torch.zeros(1, *self.graph.input_shape, device=parameter.device, dtype=parameter.dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dependencies = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
+        dependencies = dependency_graph(model, self.graph.input_shape)
         for layer, filters in indices.items():
             if not filters:
                 continue

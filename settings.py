@@ -153,7 +153,7 @@ def _declared_keys(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, lis
     """
     kinds, choices = leaves(Settings), {}
     for group in NAMED_GROUPS:
-        for name, value in flatten(_declaration(group, given.get(f"{group}.name"))).items():
+        for name, value in flatten(declaration(group, given.get(f"{group}.name"))).items():
             key = f"{group}.{name}"
             if name.startswith("choices."):
                 choices[f"{group}.{name.removeprefix('choices.')}"] = value
@@ -171,7 +171,7 @@ def _changed_choices(key: str, value: Any) -> ConfigError:
     )
 
 
-def _declaration(group: str, name: Any) -> dict[str, Any]:
+def declaration(group: str, name: Any) -> dict[str, Any]:
     """What `config/<group>/<name>.yaml` says, whatever the command line made of it."""
     names = sorted(path.stem for path in (CONFIG_DIR / group).glob("[!_]*.yaml"))
     if name not in names:
@@ -203,6 +203,8 @@ def _refuse_contradictions(settings: Settings) -> None:
         raise ConfigError(
             'pruning.scoring_classes: "complement"; selected_classes holds every class, which leaves none to score on'
         )
+    if os.path.exists(settings.cache_dir) and not os.path.isdir(settings.cache_dir):
+        raise ConfigError(f"cache_dir: {show(settings.cache_dir)}; is a file, give a folder or a name that is free")
     if weights is not None and not os.path.isfile(weights):
         raise ConfigError(f"model.pretrained_weights_path: {show(weights)}; no such file")
     if weights is not None and training.use_pretrained_model:

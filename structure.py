@@ -8,6 +8,7 @@ keeps them, concatenation joins them, flattening repeats them, a residual add de
 from __future__ import annotations
 
 import operator
+import warnings
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from io import StringIO
 
 import torch
 import torch.nn.functional as F
+import torch_pruning
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torchvision.ops import stochastic_depth
@@ -323,3 +325,12 @@ def tensors_in(values) -> list[Tensor]:
     found: list[Tensor] = []
     fx.node.map_aggregate(values, lambda value: found.append(value) if isinstance(value, Tensor) else None)
     return found
+
+
+def dependency_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> torch_pruning.DependencyGraph:
+    """torch-pruning's own graph of a network whose parameters all take gradients, which it finds dependencies along."""
+    parameter = next(model.parameters())
+    example = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # of parameters outside of layers
+        return torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)

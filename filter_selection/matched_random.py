@@ -19,7 +19,7 @@ from errors import ConfigError
 from filter_selection.base import REGISTRY, Batches, Criterion, FilterIndices, Scores, get_criterion, register
 from helpers import generator
 from schema import convert, kind_of_default
-from settings import CONFIG_DIR, PruningSettings
+from settings import PruningSettings, declaration
 from structure import ModelGraph
 
 
@@ -95,14 +95,7 @@ class MatchedRandom(Criterion):
 def default_options(method: str) -> dict[str, Any]:
     """A method's own keys with the values that `config/pruning/<method>.yaml` gives them."""
     general = {field.name for field in fields(PruningSettings)} | {"choices"}
-    return {key: value for key, value in _declared(method).items() if key not in general}
-
-
-def _declared(method: str) -> dict[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "pruning" / f"{method}.yaml"))
-    for base in content.pop("defaults", []):
-        content = content if base == "_self_" else _declared(base) | content
-    return content
+    return {key: value for key, value in declaration("pruning", method).items() if key not in general}
 
 
 def _options(method: str, given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ taylor: |w * dL/dw|, Molchanov et al., CVPR 2019. hessian: w^2 * mean_n (dL_n/dw
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +20,7 @@ from torch_pruning import importance as library
 
 from errors import BenchmarkError, ConfigError
 from filter_selection.base import Batches, Criterion, Scores, progress, register
-from structure import ModelGraph
+from structure import ModelGraph, dependency_graph
 
 IMPORTANCES = {
     "magnitude": library.GroupMagnitudeImportance,
@@ -45,7 +44,7 @@ class TorchPruning(Criterion):
     def compute(self, graph: ModelGraph, layers: Sequence[str], batches: Batches | None) -> Scores:
         model = copy.deepcopy(graph.model).requires_grad_(True)
         model.zero_grad(set_to_none=True)
-        dependencies = _dependencies(model, graph.input_shape)
+        dependencies = dependency_graph(model, graph.input_shape)
         if self.importance == "taylor":
             self._accumulate_gradients(model, batches)
         elif self.importance == "hessian":
@@ -97,14 +96,6 @@ class TorchPruning(Criterion):
     def _refuse_none(self, images_seen: int) -> None:
         if not images_seen:
             raise BenchmarkError(f"{self.name}: there are no scoring images")
-
-
-def _dependencies(model: nn.Module, input_shape: tuple[int, int, int]) -> torch_pruning.DependencyGraph:
-    parameter = next(model.parameters())
-    example = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")  # the library warns of parameters outside of layers
-        return torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
 
 
 def _backward(model: nn.Module, images: Tensor, labels: Tensor) -> None:

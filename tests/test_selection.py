@@ -169,7 +169,7 @@ class Broken(Positions):
 
 
 def test_scores_that_are_not_finite_or_too_few_are_errors_by_layer(plain):
-    with pytest.raises(BenchmarkError, match="positions: 2 of the scores of features.0 are not finite"):
+    with pytest.raises(BenchmarkError, match="positions: 2 scores of features.0 are not finite"):
         Broken(torch.tensor([1, math.nan, 2, math.inf, 3])).score(plain, ["features.0"])
     with pytest.raises(BenchmarkError, match="positions: features.0 has 5 filters and was given 4 scores"):
         Broken(torch.ones(4)).score(plain, ["features.0"])

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from errors import BenchmarkError, ConfigError
-from helpers import conv_names, derive_seed, evaluating, filter_pruning_indices_for_resnet, generator, share_of
+from helpers import derive_seed, evaluating, filter_pruning_indices_for_resnet, generator, share_of
 from structure import FIXED, ModelGraph
 from tests.nets import SHAPE, Mixed, Plain, Residual, lively
 
@@ -281,7 +281,7 @@ def test_a_convolution_that_never_runs_is_in_no_list():
     model = Plain()
     model.spare = nn.Conv2d(3, 3, 3)
     graph = graph_of(model)
-    assert "spare" in conv_names(model) and "spare" not in graph.convs and "spare" not in graph.left_out
+    assert "spare" in dict(model.named_modules()) and "spare" not in graph.convs and "spare" not in graph.left_out
 
 
 def test_the_graph_leaves_the_network_as_it_was():
