@@ -61,6 +61,11 @@ class TorchPruning(Criterion):
                     f"pruning.importance: {self.importance!r} finds no BatchNorm with {layer}; valid without: "
                     f"{', '.join(name for name in IMPORTANCES if name != self.importance)}"
                 )
+            if not values.isfinite().all():  # the library divides by the mean, which may be zero
+                raise BenchmarkError(
+                    f"{self.name}: {self.importance} of {layer} is not finite; are its weights or their gradients "
+                    "all zero, or not finite themselves?"
+                )
             scores[layer] = values
         return scores
 
