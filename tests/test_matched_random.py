@@ -70,6 +70,9 @@ def test_the_draw_depends_on_seed_and_layer_alone(graph, data):
     by_chance = select(graph, None, "matched_random", {"match": "random"})
     assert by_norm == by_chance
     assert by_norm != select(graph, None, "matched_random", {"match": "ln_structured"}, seed=4)
+    twins = {"one": torch.zeros(40), "other": torch.zeros(40)}
+    drawn = get_criterion("matched_random", {"match": "ln_structured"}).select(twins, 0.5, "layer")
+    assert drawn["one"] != drawn["other"]
     layer, draws = "features.3", 120
     taken = torch.zeros(8)
     scores = {layer: torch.arange(8.0)}

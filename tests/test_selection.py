@@ -194,7 +194,10 @@ def test_a_method_that_reads_images_is_given_the_ones_of_its_classes():
     selector = get_selector(settings("ln_structured", scope="global", norm=2), factory)
     assert asked == ["all"] and selector.batches is None and selector.criterion.seed == 7
     assert (selector.scope, selector.min_filters, selector.skip_first_layers) == ("global", 2, 1)
-    assert selector.ratios == (0.5,) and selector.input_shape == SHAPE
+    assert selector.ratios == (0.0, 0.5) and selector.input_shape == SHAPE
+    asks_for_zero = settings("random")
+    asks_for_zero.pruning.pruning_ratio = (0.5, 0.0)
+    assert get_selector(asks_for_zero, factory).ratios == (0.5, 0.0)
 
 
 def test_an_unknown_method_is_refused_with_those_that_there_are():

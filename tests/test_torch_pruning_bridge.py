@@ -124,11 +124,14 @@ def test_unknown_importances_are_refused_with_the_key():
         get_criterion("torch_pruning", {"importance": "l1"})
 
 
-def test_a_frozen_network_is_scored_all_the_same():
+@pytest.mark.parametrize("importance", ["taylor", "hessian"])
+def test_gradients_and_flags_left_over_do_not_count(importance):
     images, labels = images_and_labels()
     model = lively(Residual())
-    frozen = copy.deepcopy(model).requires_grad_(False)
-    criterion = get_criterion("torch_pruning", {"importance": "taylor"})
-    scores = [criterion.score(ModelGraph(net, SHAPE), ["conv1"], batches(images, labels)) for net in (model, frozen)]
+    used = copy.deepcopy(model).requires_grad_(False)
+    for parameter in used.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    criterion = get_criterion("torch_pruning", {"importance": importance})
+    scores = [criterion.score(ModelGraph(net, SHAPE), ["conv1"], batches(images, labels)) for net in (model, used)]
     assert torch.equal(scores[0]["conv1"], scores[1]["conv1"])
-    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not any(parameter.requires_grad for parameter in used.parameters())
