@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from errors import BenchmarkError
@@ -73,7 +74,9 @@ def shaping_facts(settings: Any, fingerprint: str, device_type: str) -> dict[str
         group: {key: value for key, value in vars(getattr(settings, group)).items() if key not in without_effect}
         for group, without_effect in WITHOUT_EFFECT.items()
     }
-    made_with = {"format": FORMAT_VERSION, "torch": torch.__version__, "device": device_type}
+    # torchvision builds the networks and draws their first weights
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    made_with = {"format": FORMAT_VERSION, **versions, "device": device_type}
     weights = _file_digest(settings.model.pretrained_weights_path)
     return groups | made_with | {"seed": settings.seed, "data": fingerprint, "pretrained_weights": weights}
 

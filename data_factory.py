@@ -79,7 +79,7 @@ class DataLoaderFactory(ABC):
 
     @abstractmethod
     def _hash(self, digest: "hashlib._Hash", source: str, rows: Tensor) -> None:
-        """Feed the content of the rows to digest."""
+        """Feed to digest what tells the rows' images from others: their pixels, or their files' paths and sizes."""
 
     # What the benchmark asks for
 
@@ -129,7 +129,11 @@ class DataLoaderFactory(ABC):
         return self._agnostic_sample(self._rows["train"][~is_selected], "complement")
 
     def fingerprint(self) -> str:
-        """Hash of what the three parts hold, in what order and how it is normalised: alike only for identical data."""
+        """Hash of what the three parts hold, in what order and how it is normalised.
+
+        Of datasets in memory the pixels enter. Of folders the files' relative paths and sizes do, since reading them
+        all takes too long: a file rewritten in place with as many bytes goes unnoticed.
+        """
         if self._fingerprint is None:
             dataset = self.settings.dataset
             facts = (dataset.name, dataset.num_classes, dataset.image_size, self.mean, self.std, self.flip)

@@ -5,12 +5,14 @@ A new dataset is one subclass here, listed in FACTORIES, and one YAML in config/
 
 import difflib
 import hashlib
+import logging
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from batch_loaders import BatchLoader, FolderLoader, TensorLoader
@@ -26,12 +28,15 @@ from data_files import (
     read_idx_pair,
 )
 from errors import BenchmarkError, ConfigError
+from settings import CONFIG_DIR
 from splits import stratified_split
 
 __all__ = [
     "BatchLoader", "DataLoaderFactory", "FACTORIES", "FolderLoader", "Loaders", "SubsetLoaders", "TensorLoader",
     "get_data_factory",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those of torchvision's ImageNet weights
@@ -99,18 +104,23 @@ class FashionMnistFactory(TensorFactory):
     """60,000 + 10,000 garments, 28x28 grey, padded with black to 32x32; one channel, shown three times."""
 
     title = "Fashion-MNIST"
-    layout = (
-        "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], or these files in the folder itself or in "
-        f"{DEBIAN_FASHION_MNIST} (Debian package dataset-fashion-mnist)"
+    layout = "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], or these files in the folder itself"
+    remedy = (
+        f"{DataLoaderFactory.remedy}; dataset.root={DEBIAN_FASHION_MNIST} reads those of the Debian package "
+        "dataset-fashion-mnist"
     )
     mean, std = (0.2860,) * 3, (0.3530,) * 3  # over the pixels of the 60,000 training images before the padding
 
     def _locate(self) -> list[Path] | None:
         names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-        for folder in (self.root / "FashionMNIST" / "raw", self.root, DEBIAN_FASHION_MNIST):
+        folders = [self.root / "FashionMNIST" / "raw", self.root]
+        if self.settings.dataset.root == _default_root("fashion_mnist"):  # a folder that the user named has no stand-in
+            folders.append(DEBIAN_FASHION_MNIST)
+        for folder in folders:
             either = [[folder / f"{name}-ubyte", folder / f"{name}-ubyte.gz"] for name in names]
             found = [next((path for path in paths if path.is_file()), None) for paths in either]
             if None not in found:
+                log.info("%s: read from %s", self.title, folder)
                 return found
         return None
 
@@ -120,9 +130,13 @@ class FashionMnistFactory(TensorFactory):
         for path, images in ((files[0], arrays[0]), (files[2], arrays[2])):
             if images.shape[1:] != (28, 28, 1):
                 raise BenchmarkError(f"{path}: images [N, H, W, 1] {list(images.shape)}; Fashion-MNIST's are 28x28")
-        if self.settings.dataset.image_size != 28:
-            arrays[0], arrays[2] = (np.pad(arrays[i], ((0, 0), (2, 2), (2, 2), (0, 0))) for i in (0, 2))
+        arrays[0], arrays[2] = (np.pad(arrays[i], ((0, 0), (2, 2), (2, 2), (0, 0))) for i in (0, 2))
         return *arrays, None
+
+
+def _default_root(name: str) -> str | None:
+    """dataset.root as the dataset's own YAML has it: what is set when the user asks for no other folder."""
+    return OmegaConf.load(CONFIG_DIR / "dataset" / f"{name}.yaml").root
 
 
 class Cifar10Factory(TensorFactory):

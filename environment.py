@@ -16,13 +16,15 @@ PACKAGES = (
     *("torch", "torchvision", "torch-pruning", "hydra-core", "omegaconf", "fvcore", "numpy", "scikit-learn", "pillow"),
     *("matplotlib", "tqdm", "onnx", "onnxruntime", "onnxscript", "wandb"),
 )
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # they decide how fast the CPU is
 CODE = Path(__file__).resolve().parent
 
 
 def environment(settings: Any) -> dict[str, Any]:
     """A plain dict for environment.json; what does not exist or cannot be found out is None.
 
-    `settings` (dataclass or dict) enters by its hash. Imports torch, which answers for threads and GPUs.
+    `settings` (dataclass or dict) enters by its hash and its device. Imports torch, which answers for threads and GPUs.
+    Raises ConfigError for a device that is not there.
     """
     import torch
 
@@ -37,8 +39,10 @@ def environment(settings: Any) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": _device(settings),
         "torch_threads": torch.get_num_threads(),
         "torch_interop_threads": torch.get_num_interop_threads(),
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
         "gpu": gpus[0] if gpus else None,
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
@@ -96,6 +100,19 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _device(settings: Any) -> str | None:
+    """What settings.device stands for on this machine: cpu, or cuda with the GPU's name; None without the setting."""
+    import torch
+
+    from helpers import resolve_device
+
+    wanted = settings.get("device") if isinstance(settings, Mapping) else getattr(settings, "device", None)
+    if wanted is None:
+        return None
+    device = resolve_device(wanted)
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _cpu_model() -> str | None:

@@ -4,6 +4,7 @@ Each function takes the records of one run and returns a figure, or None where n
 """
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -14,8 +15,9 @@ from plot_style import FAINT, INK, PALE, STYLE, draw_heat_map, heat_maps, method
 from records import Record
 from tables import scaled
 
-BEFORE = {"linestyle": (0, (4, 2)), "linewidth": 1.2, "marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
-AFTER = {"linestyle": "-", "linewidth": 1.8, "marker": "o", "markersize": 4.5}
+POINTS = {"marker": "o", "markersize": 4.5, "clip_on": False}  # a marker is whole at the edge of the axes, too
+BEFORE = {"linestyle": (0, (4, 2)), "linewidth": 1.2, "markerfacecolor": "white"} | POINTS
+AFTER = {"linestyle": "-", "linewidth": 1.8} | POINTS
 SMALL_MULTIPLES = 8  # classes; more are drawn as a heat map
 BARS = 3  # ratios; more are drawn as a heat map
 POINTS_PER_INCH = 72
@@ -47,8 +49,8 @@ def accuracy_over_macs(records: Sequence[Record]) -> Figure | None:
         labels = []
         for stage, style, text in (("pruned", BEFORE, "before retraining"), ("retrained", AFTER, "after retraining")):
             x, y = [r.macs / size for r in lines[stage]], [100 * r.accuracy for r in lines[stage]]
-            axes.plot(x, y, color=colour, zorder=3, **style)
             if x:
+                axes.plot(x, y, color=colour, zorder=3, **style)
                 labels.append((x[-1], y[-1], text if lines["retrained"] else "pruned", colour))
         for record in dense:
             face = INK if record.head == "all" else "white"
@@ -64,9 +66,12 @@ def accuracy_over_macs(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
+def _dense_name(record: Record) -> str:
+    return f"dense, {record.head} logits"
+
+
 def _dense_label(record: Record) -> str:
-    which = "all logits" if record.head == "all" else "selected logits"
-    return f"dense, {which}\n{100 * record.accuracy:.1f} %"
+    return f"{_dense_name(record)}\n{100 * record.accuracy:.1f} %"
 
 
 def _frame_macs(axes: Axes, macs: Sequence[float], accuracies: Sequence[float]) -> None:
@@ -105,6 +110,15 @@ def _end(group: Sequence[int], values: Sequence[float], gap: float) -> float:
     return _start(group, values, gap) + gap * len(group)
 
 
+def _stack(values: Sequence[float], gap: float) -> list[float]:
+    """The values moved down, as little as it takes and in their order, so that neighbours differ by `gap` or more."""
+    placed, limit = [0.0] * len(values), inf
+    for index in sorted(range(len(values)), key=lambda index: values[index], reverse=True):
+        placed[index] = min(values[index], limit)
+        limit = placed[index] - gap
+    return placed
+
+
 def _points_high(axes: Axes) -> float:
     """Data units of y that one typographic point is high, about: labels need room before the layout is known."""
     low, high = axes.get_ylim()
@@ -116,9 +130,9 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> 
     point = _points_high(axes)
     left, right = axes.get_xlim()
     beside = all(x - left > 0.25 * (right - left) for x, *_ in labels)
-    heights = _spread([y for _, y, _, _ in labels], 12 * point)
+    heights = (_spread if beside else _stack)([y for _, y, _, _ in labels], 12 * point)
     for (x, y, text, colour), height in zip(labels, heights, strict=True):
-        offset = (-8, (height - y) / point) if beside else (2, -7)
+        offset = (-8, (height - y) / point) if beside else (2, (height - y) / point - 7)
         align = {"ha": "right", "va": "center"} if beside else {"ha": "left", "va": "top"}
         axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour, **align)
 
@@ -192,7 +206,8 @@ def _class_panels(names: Sequence[str], stages: dict[str, list[Record]], dense: 
     for name, axes in zip(names, panels.flat, strict=False):
         for stage, style in (("pruned", BEFORE), ("retrained", AFTER)):
             shares = [100 * record.accuracy_per_class[name] for record in stages[stage]]
-            axes.plot([record.ratio for record in stages[stage]], shares, color=colour, zorder=3, **style)
+            if shares:  # an empty line that is not clipped has no extent, and upsets the layout
+                axes.plot([record.ratio for record in stages[stage]], shares, color=colour, zorder=3, **style)
         if dense is not None:
             axes.axhline(100 * dense.accuracy_per_class[name], color=INK, linewidth=0.8, zorder=2)
         axes.set_title(f"{name} ({points[0].images_per_class[name]} images)")
@@ -202,11 +217,12 @@ def _class_panels(names: Sequence[str], stages: dict[str, list[Record]], dense: 
         axes.set_visible(position < len(names))
         axes.tick_params(labelbottom=position + columns >= len(names))
     lowest = min(min(record.accuracy_per_class.values()) for record in points)
-    panels[0, 0].set_xlim(-0.04, 1.0)
+    panels[0, 0].set_xlim(-0.05, 1.03)
     panels[0, 0].set_xticks([0, 0.2, 0.4, 0.6, 0.8])
     panels[0, 0].set_ylim(max(100 * lowest - 8, -4), 104)
     signs = {"\u25cb before retraining": stages["pruned"], "\u25cf after retraining": stages["retrained"]}
-    signs["\u2500 dense model"] = dense is not None
+    if dense is not None:
+        signs[f"\u2500 {_dense_name(dense)}"] = [dense]
     key = "     ".join(sign for sign, drawn in signs.items() if drawn)
     figure.supxlabel(f"{RATIO_ASKED}\n{key}", size=9, linespacing=1.6)
     figure.supylabel("test accuracy (%)", size=9)
@@ -224,7 +240,8 @@ def _class_heat_map(names: Sequence[str], stages: dict[str, list[Record]], dense
     figure, axes = heat_maps([len(line) for _, line in panels], names, cell_width=0.36)
     for panel, (when, line), values in zip(axes, panels, shown, strict=True):
         draw_heat_map(panel, values, [[f"{value:.0f}" for value in row] for row in values], lowest, 100)
-        panel.set_xticklabels(["dense" if record is dense else f"{record.ratio:g}" for record in line])
+        ticks = [_dense_name(r).replace(" ", "\n") if r is dense else f"{r.ratio:g}" for r in line]
+        panel.set_xticklabels(ticks)
         panel.set_title(when)
     figure.supxlabel(RATIO_ASKED, size=9)
     return figure

@@ -75,7 +75,7 @@ class Record:
     scoring_seconds: float | None = None  # once for all ratios of a run
     removal_seconds: float | None = None
     retraining_seconds: float | None = None
-    training_seconds: float | None = None  # of the dense model; 0 where a cached one was used
+    training_seconds: float | None = None  # of the dense model, when it was trained: in this run or an earlier one
     filters_kept_per_layer: dict[str, int]
     widths_dense: dict[str, int]  # filters of each layer before pruning, in the order of the network
     layers_left_out: tuple[str, ...] = ()  # layers of widths_dense that no filter was selected from, whatever the ratio

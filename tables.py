@@ -97,7 +97,7 @@ def _notes(records: list[Record]) -> list[str]:
     """What the columns need to be read rightly."""
     batch = sorted({record.latency_batch_size for record in records})
     notes = ["", f"latency: median per batch of {' or '.join(map(str, batch))} images"]
-    notes[1] += "; time: training (dense), removal (pruned), retraining (retrained)"
+    notes.append("time: training (dense, when it was trained), removal (pruned), retraining (retrained)")
     scoring = [record.scoring_seconds for record in records if record.scoring_seconds is not None]
     if scoring:
         notes.append(f"scoring: {_seconds(scoring[0])} s, once for all ratios")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import cache
@@ -306,12 +307,14 @@ def test_every_setting_of_the_three_groups_is_tested_above(settings):
         assert {f"{group}.{key}" for key in vars(getattr(settings, group))} <= named
 
 
-def test_key_changes_with_format_and_torch_version(settings, monkeypatch):
+def test_key_changes_with_format_and_versions(settings, monkeypatch):
     original = key_of(settings)
     monkeypatch.setattr(cache, "FORMAT_VERSION", cache.FORMAT_VERSION + 1)
     other_format = key_of(settings)
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    assert len({original, other_format, key_of(settings)}) == 3
+    other_torch = key_of(settings)
+    monkeypatch.setattr(torchvision, "__version__", "9.9.9")
+    assert len({original, other_format, other_torch, key_of(settings)}) == 4
 
 
 def test_key_depends_on_the_content_of_the_weights_file_and_not_on_its_path(settings, tmp_path):
@@ -332,9 +335,11 @@ def test_key_is_pinned():
 
 def test_facts_are_pinned(settings, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.2.3")
+    monkeypatch.setattr(torchvision, "__version__", "0.2.3")
     assert shaping_facts(settings, "facade", "cpu") == {
         "format": 1,
         "torch": "1.2.3",
+        "torchvision": "0.2.3",
         "device": "cpu",
         "seed": 0,
         "data": "facade",

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 import random
 import shutil
 from collections import Counter
@@ -360,15 +361,24 @@ def test_gzipped_idx_files_are_read_as_well(make, tmp_path):
     assert zipped.fingerprint() == make("fashion_mnist").fingerprint()
 
 
-def test_idx_files_are_found_in_the_root_and_in_debians_place(make, roots, tmp_path, monkeypatch):
+def test_idx_files_are_found_in_the_root_and_in_debians_place(make, roots, tmp_path, monkeypatch, caplog):
     folder, expected = roots["fashion_mnist"] / "FashionMNIST" / "raw", make("fashion_mnist").fingerprint()
     assert make("fashion_mnist", root=folder).fingerprint() == expected
     monkeypatch.setattr(data_loader, "DEBIAN_FASHION_MNIST", folder)
-    assert make("fashion_mnist", root=tmp_path).fingerprint() == expected
+    monkeypatch.chdir(tmp_path)  # where the root that the YAML gives does not exist
+    with caplog.at_level(logging.INFO):
+        assert make("fashion_mnist", root="data").fingerprint() == expected
+    assert f"Fashion-MNIST: read from {folder}" in caplog.text
+
+
+def test_debians_place_does_not_stand_in_for_a_folder_that_the_user_named(make, roots, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_loader, "DEBIAN_FASHION_MNIST", roots["fashion_mnist"] / "FashionMNIST" / "raw")
+    with pytest.raises(BenchmarkError, match="dataset.root: .*/mistyped; .*dataset.root=/usr/share/datasets/fashion-"):
+        make("fashion_mnist", root=tmp_path / "mistyped")
 
 
 def test_image_sizes_other_than_the_files(make):
-    assert next(iter(make("fashion_mnist", image_size=28).get_dataloaders().test))[0].shape == (7, 3, 28, 28)
+    assert next(iter(make("fashion_mnist", image_size=48).get_dataloaders().test))[0].shape == (7, 3, 48, 48)
     images, _ = next(iter(make("cifar10", image_size=64).get_dataloaders().test))
     assert images.shape == (7, 3, 64, 64) and images.is_contiguous(memory_format=torch.channels_last)
 
@@ -404,15 +414,15 @@ def test_digits_facts_are_those_of_the_data(make):
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason=f"the Debian package dataset-fashion-mnist is not in {DEBIAN}")
-def test_fashion_mnist_facts_are_those_of_the_data(make, tmp_path):
-    factory = make("fashion_mnist", root=tmp_path, image_size=28, batch_size_test=4096)
+def test_fashion_mnist_facts_are_those_of_the_data(make):
+    factory = make("fashion_mnist", root=DEBIAN, batch_size_test=4096)
     loaders = factory.get_dataloaders()
     assert [loader.num_images for loader in loaders] == [42000, 18000, 10000]
     totals = torch.zeros(2, dtype=torch.float64)
     for loader in (loaders.train, loaders.validation):
         loader.batch_size = 4096
         for images, _ in loader:
-            grey = images[:, 0].double()
+            grey = images[:, 0, 2:-2, 2:-2].double()  # without the padding
             totals += torch.stack([grey.sum(), grey.square().sum()])
     mean, square = totals / (60000 * 784)
     assert abs(mean) < 2e-4 and abs((square - mean**2).sqrt() - 1) < 2e-4

@@ -335,6 +335,21 @@ def test_environment_is_plain_json_and_names_what_ran(tmp_path):
     assert {"git_commit", "git_dirty"} <= found.keys()
 
 
+def test_environment_names_the_device_that_is_used(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = records.environment({"device": "auto"})
+    assert found["device"] == "cpu"
+    assert found["variables"] == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": None}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fast GPU")
+    assert records.environment({"device": "auto"})["device"] == "cuda (Fast GPU)"
+    assert records.environment(Outer())["device"] is None
+
+
 def git(folder, *arguments):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org", "-C", str(folder), *arguments]

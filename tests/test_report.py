@@ -33,7 +33,8 @@ pruned              0.25    0.250     84.00    70.00  31.9 M  0.850  9.50 M  0.8
 retrained           0.25    0.250     84.00    70.00  31.9 M  0.850  9.50 M  0.850  38.1 MB    10.62  12.11    123
 pruned               0.5    0.500     84.00    70.00       -      -  7.82 M  0.700  31.4 MB     8.75   9.97   0.31
 
-latency: median per batch of 128 images; time: training (dense), removal (pruned), retraining (retrained)
+latency: median per batch of 128 images
+time: training (dense, when it was trained), removal (pruned), retraining (retrained)
 scoring: 0.42 s, once for all ratios
 dense model on the test images of all classes: 98.61 %
 warning: 2 layers lose fewer filters than asked for: the images do not agree on them (pruned 0.25, 0.5)
@@ -269,6 +270,27 @@ def test_labels_are_spread_as_far_as_needed_in_their_order(values, gap):
     assert sum(placed) == pytest.approx(sum(values), abs=1e-6)
 
 
+@pytest.mark.parametrize("macs", [200_000, 20_000_000])  # no room beside the ends of the lines, and room
+def test_names_of_lines_that_end_at_one_point_do_not_overlap(macs):
+    rows = [record("dense"), record("pruned", 0.25)]
+    rows += [record(stage, 0.98, macs=macs) for stage in ("pruned", "retrained")]
+    figure = plots.accuracy_over_macs(rows)
+    figure.draw_without_rendering()
+    first, second = (
+        text.get_window_extent() for text in figure.axes[0].texts if text.get_text().endswith(" retraining")
+    )
+    assert not first.overlaps(second)
+
+
+@given(st.lists(st.floats(-100, 100), max_size=8), st.floats(0.1, 20))
+def test_stacked_labels_only_move_down(values, gap):
+    placed = plots._stack(values, gap)
+    ordered = sorted(placed)
+    assert all(after - before >= gap * (1 - 1e-9) - 1e-9 for before, after in zip(ordered, ordered[1:], strict=False))
+    assert all(new <= old for new, old in zip(placed, values, strict=True))
+    assert max(placed, default=0) == max(values, default=0)
+
+
 def test_class_panels_hold_the_recorded_figures_of_each_class():
     rows = run_records(ratios=[0.25, 0.5], classes=5)
     figure = plots.accuracy_per_class(rows)
@@ -280,10 +302,26 @@ def test_class_panels_hold_the_recorded_figures_of_each_class():
         assert lines[2][0][1] == 100 * rows[1].accuracy_per_class[name]
 
 
+@pytest.mark.parametrize("classes", [3, 9])
+@pytest.mark.parametrize("head", ["selected", "all"])
+def test_class_plots_say_which_logits_the_dense_model_has(head, classes):
+    rows = run_records(ratios=[0.25], classes=classes)
+    rows = rows if head == "selected" else [row for row in rows if row.stage != "dense" or row.head == "all"]
+    told = " ".join(figure_texts(plots.accuracy_per_class(rows))).replace("\n", " ")
+    assert f"dense, {head} logits" in told and "dense model" not in told
+
+
+def test_markers_at_the_ends_of_the_class_panels_are_whole():
+    rows = run_records(ratios=[0.0, 0.98], classes=2)
+    for axes in plots.accuracy_per_class(rows).axes:
+        for line in axes.lines[:2]:
+            assert not line.get_clip_on()
+
+
 def test_many_classes_become_a_heat_map_with_a_dense_column():
     rows = run_records(ratios=[0.0, 0.25, 0.5], classes=9)
     before, after = plots.accuracy_per_class(rows).axes
-    assert [label.get_text() for label in before.get_xticklabels()] == ["dense", "0.25", "0.5"]
+    assert [label.get_text() for label in before.get_xticklabels()] == ["dense,\nselected\nlogits", "0.25", "0.5"]
     assert [label.get_text() for label in after.get_xticklabels()] == ["0", "0.25", "0.5"]
     shown = before.collections[0].get_array()
     pruned = [row for row in rows if row.stage == "pruned"]
