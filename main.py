@@ -56,6 +56,11 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     factory = get_data_factory(settings, device)
     selector = get_selector(settings, factory)
 
+    train, validation, test = factory.get_dataloaders()
+    log.info(
+        "%s: %d training, %d validation and %d test images",
+        settings.dataset.name, train.num_images, validation.num_images, test.num_images,
+    )  # fmt: skip
     dense = dense_model(settings, factory, device)
     graph = ModelGraph(dense.model, factory.input_shape)
     experiment = Experiment(settings, factory, device, run_dir, selector, dense, graph)
