@@ -42,8 +42,7 @@ class TorchPruning(Criterion):
         self.needs_data = importance in ("taylor", "hessian")
 
     def compute(self, graph: ModelGraph, layers: Sequence[str], batches: Batches | None) -> Scores:
-        model = copy.deepcopy(graph.model).requires_grad_(True)
-        model.zero_grad(set_to_none=True)
+        model = copy.deepcopy(graph.model).requires_grad_(True)  # the copy has no gradients yet
         dependencies = dependency_graph(model, graph.input_shape)
         if self.importance == "taylor":
             self._accumulate_gradients(model, batches)
