@@ -212,7 +212,17 @@ def test_operations_that_move_channels(name):
     assert graph.channels.inputs["two"].tolist() == expected
 
 
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factors", torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        return x * self.factors
+
+
 MIXED = "reads its filters mixed into one channel"
+FIXED_FACTOR = "it is joined by a product with channels that must stay"
 BINDS = {
     "mean of channels": (lambda net, x: x * x.mean(1, keepdim=True), 4, None, "it feeds mean (mean)"),
     "mean as large as the channels": (
@@ -225,6 +235,7 @@ BINDS = {
     "group norm": (lambda net, x: net.module(x), 4, nn.GroupNorm(2, 4), "it feeds module (GroupNorm)"),
     "softmax": (lambda net, x: torch.softmax(x, 1), 4, None, "it feeds softmax (softmax)"),
     "pixels become channels": (lambda net, x: x.reshape(-1, 2, 12, 6), 2, None, f"two {MIXED}"),
+    "factors that are no filter's": (lambda net, x: net.module(x), 4, Scale(), FIXED_FACTOR),
     "linear over pixels": (lambda net, x: net.module(x), 4, nn.Linear(6, 6), f"module {MIXED}"),
 }  # fmt: skip
 
