@@ -52,7 +52,7 @@ def sum_of_absolute_gradients(conv: nn.Conv2d, inputs: Tensor, gradient: Tensor)
         inputs = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
         padding = 0
     weight = conv.weight.detach()
-    total = torch.zeros_like(weight).view(conv.groups, -1, weight[0].numel())
+    total = weight.new_zeros(conv.groups, len(weight) // conv.groups, weight[0].numel())
 
     def read(images: Tensor) -> Tensor:  # [N, groups, weights of a filter, positions]
         columns = F.unfold(images, conv.kernel_size, conv.dilation, padding, conv.stride)

@@ -115,6 +115,16 @@ def test_single_precision_gives_the_same_scores_but_for_rounding(variant, net, s
 
 
 @each_case
+def test_the_memory_layout_does_not_matter(variant, net, scored, data):
+    _, expected = scored(variant, net)
+    graph = ModelGraph(lively(NETS[net][0]()).to(memory_format=torch.channels_last), SHAPE)
+    images = data[0].contiguous(memory_format=torch.channels_last)
+    scores = make(variant).score(graph, graph.prunable, batches(images, data[1]))
+    for layer, values in scores.items():
+        assert (values - expected[layer]).abs().max() <= 1e-5 * expected[layer].abs().max()
+
+
+@each_case
 def test_a_layer_scores_the_same_alone(variant, net, scored, data):
     graph, expected = scored(variant, net)
     layer = graph.prunable[-1]
