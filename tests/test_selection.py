@@ -15,7 +15,7 @@ from filter_selection.base import Criterion, lowest_overall, lowest_per_layer
 from helpers import share_of
 from selection import PruningSelection, get_selector
 from structure import ModelGraph
-from tests.nets import SHAPE, Plain, Residual, batches, images_and_labels, lively
+from tests.nets import SHAPE, Mixed, Plain, Residual, batches, images_and_labels, lively
 
 # Few different values, so that ties are common.
 LAYERS = st.dictionaries(
@@ -136,6 +136,10 @@ def test_skipping_counts_convolutions_and_not_prunable_ones():
     assert selection.layers(graph) == ("conv1",)
     assert selection.left_out(graph)["stem"] == "among the first 1 (model.skip_first_layers)"
     assert "residual" in selection.left_out(graph)["conv2"]
+    mixed = ModelGraph(lively(Mixed()), SHAPE)  # its first two cannot be pruned anyhow
+    assert mixed.convs == ("stem", "grouped", "left", "right")
+    for skipped, layers in ((1, ("left", "right")), (2, ("left", "right")), (3, ("right",))):
+        assert PruningSelection(Positions(), [0.5], SHAPE, skip_first_layers=skipped).layers(mixed) == layers
 
 
 @pytest.mark.parametrize("skipped", [3, 99])
