@@ -29,6 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from data_places import require_dataset
 from errors import BenchmarkError, ConfigError
 from schema import listed
 from settings import CONFIG_DIR, check
@@ -178,7 +179,9 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> None:
         raise ConfigError(f"{sweeps[0].input_line}: several values; a list is written [a,b], a sweep needs --multirun")
     for job in _jobs([_values(override, parser) for override in overrides]):
         try:
-            check(composer.compose(job))
+            settings = check(composer.compose(job))
+            if not multirun:  # of a sweep, only the jobs without their dataset are to fail
+                require_dataset(settings.dataset)
         except (BenchmarkError, HydraException, OmegaConfBaseException) as error:
             if not multirun:
                 raise

@@ -5,7 +5,6 @@ import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from batch_loaders import BatchLoader
 from data_files import download
+from data_places import Place, root_of
 from errors import BenchmarkError, ConfigError
 from splits import pick, pick_per_class, rows_by_class, stratified_split
 
@@ -50,15 +50,14 @@ class DataLoaderFactory(ABC):
     """
 
     title: str  # the dataset's proper name
-    layout: str  # the files expected below dataset.root
-    remedy = "set dataset.root=<folder>, or dataset.download=true to fetch it"
+    place: Place | None = None  # of its files; None for a dataset that comes with a package
     mean: tuple[float, float, float]  # of pixels in [0, 1], per channel
     std: tuple[float, float, float]
     flip = True  # whether a mirrored image still shows its class
 
     def __init__(self, settings: Any, device: torch.device | str):
         self.settings, self.device = settings, torch.device(device)
-        self.root = Path(settings.dataset.root or ".").expanduser()
+        self.root = root_of(settings.dataset)
         self.warnings: list[str] = []
         source = self._open()
         self._labels = {"train": source.train_labels, "test": source.test_labels}
@@ -148,20 +147,11 @@ class DataLoaderFactory(ABC):
     # How it is done
 
     def _find(self) -> Any:
-        """What `_locate` found, fetched first when it is missing and wanted."""
-        found = self._locate()
-        if found is None and self.settings.dataset.download:
-            download(self.settings.dataset.name, self.root)
-            found = self._locate()
-        if found is None:
-            raise BenchmarkError(
-                f"dataset.root: {self.root}; no {self.title} there, expected {self.layout}; {self.remedy}"
-            )
-        return found
-
-    def _locate(self) -> Any:
-        """Where the dataset's files are, in the subclass's own terms; None when they are not all there."""
-        raise NotImplementedError
+        """What `place` finds, fetched first when it is missing and wanted."""
+        dataset = self.settings.dataset
+        if dataset.download and self.place.find(dataset) is None:
+            download(dataset.name, self.root)
+        return self.place.locate(dataset)
 
     def _split(self, groups: Tensor | None) -> dict[str, Tensor]:
         """Ascending rows of each part, those of train and validation in the training images."""

@@ -19,11 +19,10 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from class_names import class_folder_names
+from data_places import CIFAR10_TEST, CIFAR10_TRAIN
 from errors import BenchmarkError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".ppm", ".bmp", ".webp")
-CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
-CIFAR10_TEST = "test_batch"
 MEND = "fetch the file again, or restore it"
 
 

@@ -1,6 +1,7 @@
-"""The datasets, one `DataLoaderFactory` each: what they are called, where their files are, how they are read.
+"""The datasets, one `DataLoaderFactory` each: how their files are read and their images normalised.
 
-A new dataset is one subclass here, listed in FACTORIES, and one YAML in config/dataset/.
+A new dataset is one subclass here, listed in FACTORIES, one YAML in config/dataset/ and, when its files can be missing,
+one entry in data_places.py.
 """
 
 import difflib
@@ -12,23 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from batch_loaders import BatchLoader, FolderLoader, TensorLoader
 from class_names import IMAGENETTE_WNIDS, class_folder_names
 from data_factory import DataLoaderFactory, Loaders, Source, SubsetLoaders
-from data_files import (
-    CIFAR10_TEST,
-    CIFAR10_TRAIN,
-    ImageList,
-    list_class_folders,
-    read_cifar10,
-    read_gtsrb,
-    read_idx_pair,
-)
+from data_files import ImageList, list_class_folders, read_cifar10, read_gtsrb, read_idx_pair
+from data_places import PLACES
 from errors import BenchmarkError, ConfigError
-from settings import CONFIG_DIR
 from splits import stratified_split
 
 __all__ = [
@@ -38,7 +30,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those of torchvision's ImageNet weights
 
 
@@ -103,29 +94,13 @@ class DigitsFactory(TensorFactory):
 class FashionMnistFactory(TensorFactory):
     """60,000 + 10,000 garments, 28x28 grey, padded with black to 32x32; one channel, shown three times."""
 
-    title = "Fashion-MNIST"
-    layout = "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], or these files in the folder itself"
-    remedy = (
-        f"{DataLoaderFactory.remedy}; dataset.root={DEBIAN_FASHION_MNIST} reads those of the Debian package "
-        "dataset-fashion-mnist"
-    )
+    place = PLACES["fashion_mnist"]
+    title = place.title
     mean, std = (0.2860,) * 3, (0.3530,) * 3  # over the pixels of the 60,000 training images before the padding
-
-    def _locate(self) -> list[Path] | None:
-        names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-        folders = [self.root / "FashionMNIST" / "raw", self.root]
-        if self.settings.dataset.root == _default_root("fashion_mnist"):  # a folder that the user named has no stand-in
-            folders.append(DEBIAN_FASHION_MNIST)
-        for folder in folders:
-            either = [[folder / f"{name}-ubyte", folder / f"{name}-ubyte.gz"] for name in names]
-            found = [next((path for path in paths if path.is_file()), None) for paths in either]
-            if None not in found:
-                log.info("%s: read from %s", self.title, folder)
-                return found
-        return None
 
     def _read(self):
         files = self._find()
+        log.info("%s: read from %s", self.title, files[0].parent)
         arrays = [*read_idx_pair(*files[:2]), *read_idx_pair(*files[2:])]
         for path, images in ((files[0], arrays[0]), (files[2], arrays[2])):
             if images.shape[1:] != (28, 28, 1):
@@ -134,22 +109,13 @@ class FashionMnistFactory(TensorFactory):
         return *arrays, None
 
 
-def _default_root(name: str) -> str | None:
-    """dataset.root as the dataset's own YAML has it: what is set when the user asks for no other folder."""
-    return OmegaConf.load(CONFIG_DIR / "dataset" / f"{name}.yaml").root
-
-
 class Cifar10Factory(TensorFactory):
     """50,000 + 10,000 photographs, 32x32 colour, in the pickled batches of the Python version."""
 
-    title = "CIFAR-10"
-    layout = "cifar-10-batches-py/{data_batch_1 to data_batch_5, test_batch}"
+    place = PLACES["cifar10"]
+    title = place.title
     # Over all pixels of the 50,000 training images. (0.2023, 0.1994, 0.2010), often seen, averages the images' own std.
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-    def _locate(self) -> Path | None:
-        folder = self.root / "cifar-10-batches-py"
-        return folder if all((folder / name).is_file() for name in (*CIFAR10_TRAIN, CIFAR10_TEST)) else None
 
     def _read(self):
         return *read_cifar10(self._find()), None
@@ -159,22 +125,11 @@ class GtsrbFactory(TensorFactory):
     """German traffic signs of 15 to 250 pixels, squashed to squares. A track, some 30 frames of the same physical sign,
     lies in train or in validation as a whole: its frames are nearly the same image."""
 
-    title = "GTSRB"
-    layout = (
-        "gtsrb/GTSRB/Training/<class of 5 digits>/<track>_<frame>.ppm, gtsrb/GTSRB/Final_Test/Images/*.ppm and "
-        "gtsrb/GT-final_test.csv"
-    )
+    place = PLACES["gtsrb"]
+    title = place.title
     # Training images at 32x32, as computed by github.com/poojahira/gtsrb-pytorch (data.py)
     mean, std = (0.3337, 0.3064, 0.3171), (0.2672, 0.2564, 0.2629)
     flip = False  # a mirrored "keep right" is a "keep left"
-
-    def _locate(self) -> tuple[Path, Path, Path] | None:
-        base = self.root / "gtsrb"
-        test_folder, test_csv = base / "GTSRB" / "Final_Test" / "Images", base / "GT-final_test.csv"
-        for train_folder in (base / "GTSRB" / "Training", base / "GTSRB" / "Final_Training" / "Images"):
-            if train_folder.is_dir() and test_folder.is_dir() and test_csv.is_file():
-                return train_folder, test_folder, test_csv
-        return None
 
     def _read(self):
         train_images, train_labels, tracks, test_images, test_labels = read_gtsrb(
@@ -189,19 +144,9 @@ class ImageNetFactory(DataLoaderFactory):
     The test images are those of val/, the only ones with public labels.
     """
 
-    title = "ImageNet"
-    layout = "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, one folder a class"
-    remedy = "set dataset.root=<folder>; its terms of use forbid to fetch it automatically (image-net.org/download.php)"
+    place = PLACES["imagenet"]
+    title = place.title
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-
-    def _candidates(self) -> list[Path]:
-        return [self.root]
-
-    def _locate(self) -> Path | None:
-        for folder in self._candidates():
-            if class_folder_names(folder / "train") and class_folder_names(folder / "val"):
-                return folder
-        return None
 
     def _open(self) -> Source:
         folder = self._find()
@@ -241,12 +186,8 @@ class ImageNetFactory(DataLoaderFactory):
 class ImagenetteFactory(ImageNetFactory):
     """Ten easy classes of ImageNet (github.com/fastai/imagenette), in ImageNet's layout."""
 
-    title = "Imagenette"
-    layout = "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, in the folder itself or in its imagenette2, -320 or -160"
-    remedy = DataLoaderFactory.remedy
-
-    def _candidates(self) -> list[Path]:
-        return [self.root, *(self.root / f"imagenette2{size}" for size in ("", "-320", "-160"))]
+    place = PLACES["imagenette"]
+    title = place.title
 
     def _check_folders(self, folder: Path, names: tuple[str, ...]) -> None:
         super()._check_folders(folder, names)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import ConfigError
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""(images [N, C, H, W], labels int64 [N]) a batch."""
 
 
 def derive_seed(seed: int, name: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +46,7 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     from pruner import get_pruner
     from records import environment, write_json, write_selections
     from report import table, write_report
+    from scores import obtain_scores
     from selection import get_selector
     from structure import ModelGraph
 
@@ -65,10 +65,7 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     graph = ModelGraph(dense.model, factory.input_shape)
     experiment = Experiment(settings, factory, device, run_dir, selector, dense, graph)
 
-    log.info("Scoring %d layers with %s ...", len(selector.layers(graph)), settings.pruning.name)
-    start = time.perf_counter()
-    scores = selector.score(graph)
-    experiment.scoring_seconds = time.perf_counter() - start
+    scores, experiment.scoring_seconds = obtain_scores(settings, selector, graph, factory, run_dir)
     selections = selector.select(graph, scores)
     write_selections(run_dir / "selections.json", selections)
 

@@ -6,7 +6,7 @@ Nothing here changes its arguments: weights, memory layout and the train/eval mo
 import copy
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import BenchmarkError
-from helpers import evaluating
-
-Batches = Iterable[tuple[Tensor, Tensor]]  # images [B, 3, H, W] and labels int64 [B]
+from helpers import Batches, evaluating
 
 # fvcore's names of the operations whose multiply-adds are counted: a convolution, and the forms a linear layer takes.
 _COUNTED = ("conv", "linear", "addmm")
@@ -85,10 +83,6 @@ class Latency:
 
     samples_ms: tuple[float, ...]
     batch_size: int
-
-    @property
-    def repeats(self) -> int:
-        return len(self.samples_ms)
 
     @property
     def median_ms(self) -> float:

@@ -12,8 +12,8 @@ import torchvision.models as zoo
 from torch import Tensor, fx, nn
 
 from errors import BenchmarkError
+from settings import IMAGENET_CLASSES
 
-IMAGENET_CLASSES = 1000
 SHOWN_ENTRIES = 5  # how many keys a message about unfitting weights names
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep their state dict
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # put before each name by DataParallel and torch.compile
@@ -25,22 +25,21 @@ class Architecture:
     """Facts of one torchvision architecture.
 
     weights: its ImageNet weights (the first published set, which the pruning literature starts from).
-    head: qualified name of the classifying layer. residual: has additions that couple layers.
+    head: qualified name of the classifying layer.
     small_stem: exists with the 3x3 stride-1 stem of the CIFAR literature (He et al., CVPR 2016, section 4.2).
     """
 
     weights: zoo.WeightsEnum
     head: str
-    residual: bool = False
     small_stem: bool = False
 
 
 ARCHITECTURES = {
     "vgg16": Architecture(zoo.VGG16_Weights.IMAGENET1K_V1, head="classifier.6"),
     "vgg16_bn": Architecture(zoo.VGG16_BN_Weights.IMAGENET1K_V1, head="classifier.6"),
-    "resnet18": Architecture(zoo.ResNet18_Weights.IMAGENET1K_V1, head="fc", residual=True, small_stem=True),
-    "resnet50": Architecture(zoo.ResNet50_Weights.IMAGENET1K_V1, head="fc", residual=True, small_stem=True),
-    "mobilenet_v2": Architecture(zoo.MobileNet_V2_Weights.IMAGENET1K_V1, head="classifier.1", residual=True),
+    "resnet18": Architecture(zoo.ResNet18_Weights.IMAGENET1K_V1, head="fc", small_stem=True),
+    "resnet50": Architecture(zoo.ResNet50_Weights.IMAGENET1K_V1, head="fc", small_stem=True),
+    "mobilenet_v2": Architecture(zoo.MobileNet_V2_Weights.IMAGENET1K_V1, head="classifier.1"),
 }
 
 

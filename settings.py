@@ -76,6 +76,7 @@ class PruningSettings:
     scoring_classes: Literal["selected", "all", "complement"]
     min_filters: Positive
     pruner: Literal["depgraph"]
+    scores_path: Text | None
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's own keys
 
 
@@ -205,6 +206,8 @@ def _refuse_contradictions(settings: Settings) -> None:
         )
     if os.path.exists(settings.cache_dir) and not os.path.isdir(settings.cache_dir):
         raise ConfigError(f"cache_dir: {show(settings.cache_dir)}; is a file, give a folder or a name that is free")
+    if pruning.scores_path is not None and not os.path.isfile(pruning.scores_path):
+        raise ConfigError(f"pruning.scores_path: {show(pruning.scores_path)}; no such file")
     if weights is not None and not os.path.isfile(weights):
         raise ConfigError(f"model.pretrained_weights_path: {show(weights)}; no such file")
     if weights is not None and training.use_pretrained_model:

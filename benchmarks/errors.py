@@ -24,6 +24,8 @@ BAD_INPUTS = [
     ["selected_classes=[3,33]"],
     ["dataset=fashion_mnist", "selected_classes=[trowser]"],
     ["pruning.activation_func=foo"],
+    ["dataset=cifar10", "dataset.root=no/such/folder"],
+    ["pruning.scores_path=no/such/file"],
     ["-m", "model=resnet18,vgg16", "seed=1,2,-3"],
 ]
 

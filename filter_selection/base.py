@@ -6,7 +6,7 @@ A criterion's own file is then its paper, its formula and its maths.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from errors import BenchmarkError, ConfigError
-from helpers import evaluating, share_of
+from helpers import Batches, evaluating, share_of
 from structure import ModelGraph, Tap
 
 Scores = dict[str, Tensor]
@@ -22,9 +22,6 @@ Scores = dict[str, Tensor]
 
 FilterIndices = dict[str, list[int]]
 """Layer -> the filters to remove, sorted and unique; a layer that keeps all of its filters is absent."""
-
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""(images [N, C, H, W], labels [N]) a batch, the labels those of the original head."""
 
 REGISTRY: dict[str, type[Criterion]] = {}
 

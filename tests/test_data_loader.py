@@ -16,8 +16,9 @@ import yaml
 from PIL import Image
 from torchvision import datasets, transforms
 
-import data_loader
+import data_places
 from data_loader import FACTORIES, DataLoaderFactory, get_data_factory
+from data_places import PLACES
 from errors import BenchmarkError, ConfigError
 from tests import formats
 
@@ -364,7 +365,7 @@ def test_gzipped_idx_files_are_read_as_well(make, tmp_path):
 def test_idx_files_are_found_in_the_root_and_in_debians_place(make, roots, tmp_path, monkeypatch, caplog):
     folder, expected = roots["fashion_mnist"] / "FashionMNIST" / "raw", make("fashion_mnist").fingerprint()
     assert make("fashion_mnist", root=folder).fingerprint() == expected
-    monkeypatch.setattr(data_loader, "DEBIAN_FASHION_MNIST", folder)
+    monkeypatch.setattr(data_places, "DEBIAN_FASHION_MNIST", folder)
     monkeypatch.chdir(tmp_path)  # where the root that the YAML gives does not exist
     with caplog.at_level(logging.INFO):
         assert make("fashion_mnist", root="data").fingerprint() == expected
@@ -372,7 +373,7 @@ def test_idx_files_are_found_in_the_root_and_in_debians_place(make, roots, tmp_p
 
 
 def test_debians_place_does_not_stand_in_for_a_folder_that_the_user_named(make, roots, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_loader, "DEBIAN_FASHION_MNIST", roots["fashion_mnist"] / "FashionMNIST" / "raw")
+    monkeypatch.setattr(data_places, "DEBIAN_FASHION_MNIST", roots["fashion_mnist"] / "FashionMNIST" / "raw")
     with pytest.raises(BenchmarkError, match="dataset.root: .*/mistyped; .*dataset.root=/usr/share/datasets/fashion-"):
         make("fashion_mnist", root=tmp_path / "mistyped")
 
@@ -464,12 +465,12 @@ def test_in_memory_images_are_held_once_as_bytes(make):
 
 @pytest.mark.parametrize("name", [name for name in FACTORIES if name != "digits"])
 def test_a_missing_dataset_is_one_message_with_place_layout_and_remedy(make, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(data_loader, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr(data_places, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     with pytest.raises(BenchmarkError) as caught:
         make(name, root=tmp_path / "nowhere")
     message = str(caught.value)
-    assert message.startswith(f"dataset.root: {tmp_path / 'nowhere'}; no {FACTORIES[name].title} there, expected ")
-    assert FACTORIES[name].layout in message and "dataset.root=<folder>" in message
+    assert message.startswith(f"dataset.root: {tmp_path / 'nowhere'}; no {PLACES[name].title} there, expected ")
+    assert PLACES[name].layout in message and "dataset.root=<folder>" in message
     assert ("dataset.download=true" in message) == (name != "imagenet")
 
 
@@ -534,7 +535,7 @@ def test_download_fetches_what_is_missing_and_nothing_else(make, roots, tmp_path
             shutil.copytree(roots[name], root, dirs_exist_ok=True)
 
     monkeypatch.setattr(datasets, class_name, fetch)
-    monkeypatch.setattr(data_loader, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr(data_places, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     root = tmp_path / "new" / "data"
     for _ in range(2):
         assert make(name, root=root, download=True).fingerprint() == make(name).fingerprint()

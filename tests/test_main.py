@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import hydra
+import numpy
 import pytest
 import torch
 import torchvision
 
+from errors import ConfigError
+from filter_selection.ocap import OCAP
 from main import run
 from records import read_records
 from settings import CONFIG_DIR
@@ -127,6 +130,67 @@ def test_class_agnostic_methods_remove_as_many_as_asked(first, shared):
     widths = [width for layer, width in random[0].widths_dense.items() if layer not in random[0].layers_left_out]
     by_layer = [sum(width * tenths // 10 for width in widths) for tenths in (0, 5, 9)]
     assert [record.filters_removed for record in random[1:]] == by_layer
+
+
+WITHOUT_RETRAINING = "training.retrain_after_pruning=false"
+
+
+def test_other_ratios_of_kept_scores_need_no_new_pass(first, shared, monkeypatch):
+    anew = job(shared, "anew", "pruning.pruning_ratio=[0.3,0.7]", WITHOUT_RETRAINING)
+
+    def fail(*_):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(OCAP, "compute", fail)
+    path = shared / "first" / "scores.npz"
+    ratios = ["pruning.pruning_ratio=[0.3,0.7]", "selected_classes=[8,9,3]", "model.skip_first_layers=1"]
+    reused = job(shared, "reused", ratios[0], WITHOUT_RETRAINING, f"pruning.scores_path={path}")
+    assert (shared / "reused" / "selections.json").read_bytes() == (shared / "anew" / "selections.json").read_bytes()
+    assert [record.accuracy_per_class for record in reused] == [record.accuracy_per_class for record in anew]
+    # What scoring cost is what it cost when it was done, and the scores go on from run to run.
+    assert {record.scoring_seconds for record in reused[1:]} == {first[1].scoring_seconds}
+    kept = shared / "reused" / "scores.npz"
+    job(shared, "again reused", *ratios, WITHOUT_RETRAINING, f"pruning.scores_path={kept}")
+    skipped = read_json(shared / "again reused" / "selections.json")
+    assert [set(entry["filters_removed"]) for entry in skipped[1:]] == [
+        set(entry["filters_removed"]) - {"conv1"} for entry in read_json(shared / "anew" / "selections.json")[1:]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pruning=random", 'made with pruning.name="ocap", this run has "random"'),
+        ("pruning.aggregation=frequency", 'pruning.aggregation="union", this run has "frequency"'),
+        ("selected_classes=[1,2]", r"selected_classes=\[3, 8, 9\], this run has \[1, 2\]"),
+        ("pruning.scoring_classes=all", 'pruning.scoring_classes="selected", this run has "all"'),
+        ("num_pruning_samples=12", "num_pruning_samples=30, this run has 12"),
+        ("training.epochs=1", "weights .sha256.="),
+    ],
+)
+def test_scores_of_another_making_are_refused(first, shared, override, message):
+    path = shared / "first" / "scores.npz"
+    with pytest.raises(ConfigError, match=f"pruning.scores_path: .*{message}"):
+        job(shared, "refused", override, f"pruning.scores_path={path}")
+    assert not (shared / "refused" / "records.jsonl").exists()
+
+
+def test_scores_that_lack_a_layer_are_refused(first, shared):
+    job(shared, "short", "model.skip_first_layers=2", "pruning.pruning_ratio=0", WITHOUT_RETRAINING)
+    with pytest.raises(ConfigError, match="has no scores of .*skip_first_layers"):
+        job(shared, "refused", f"pruning.scores_path={shared / 'short' / 'scores.npz'}")
+
+
+@pytest.mark.parametrize("content", [b"", b"no scores", "half", "foreign"])
+def test_a_damaged_or_foreign_scores_file_is_refused(first, shared, tmp_path, content):
+    path = tmp_path / "scores.npz"
+    if content == "foreign":
+        numpy.savez(path, conv1=numpy.zeros(3))
+    else:
+        whole = (shared / "first" / "scores.npz").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(ConfigError, match="pruning.scores_path: .*is not the scores.npz of a run, or is damaged"):
+        job(shared, "refused", f"pruning.scores_path={path}")
 
 
 def test_given_weights_on_cifar10s_own_files(tmp_path):

@@ -276,7 +276,7 @@ def test_latency_statistics():
     latency = Latency(tuple(float(ms) for ms in range(1, 101)), batch_size=8)
     assert latency.median_ms == 50.5
     assert latency.p95_ms == pytest.approx(95.05)  # linear interpolation between the 95th and 96th sample
-    assert latency.repeats == 100
+    assert len(latency.samples_ms) == 100
 
 
 def test_latency_times_each_repeat_after_the_warm_up(monkeypatch):
@@ -291,7 +291,7 @@ def test_latency_times_each_repeat_after_the_warm_up(monkeypatch):
     monkeypatch.setattr(metrics, "_synchronize", lambda device: waits.append(len(calls)))
     latency = measure_latency(Sleeping(), torch.zeros(5, 3, 2, 2), repeats=4, warmup=3, device=CPU)
     assert len(calls) == 7
-    assert (latency.repeats, latency.batch_size) == (4, 5)
+    assert (len(latency.samples_ms), latency.batch_size) == (4, 5)
     assert 2 <= latency.median_ms <= latency.p95_ms < 90  # the slow warm-up calls are not in it
     assert waits == [3, 4, 4, 5, 5, 6, 6, 7]  # before the clock starts, and before it stops
 
@@ -329,7 +329,7 @@ def test_everything_is_measured_on_one_reading_of_the_data():
     assert readings == [1]
     assert measured.counts == evaluate(model, loader(), 4, CPU)
     assert sum(measured.counts.total) == 8
-    assert (measured.latency.repeats, measured.latency.batch_size) == (3, 6)
+    assert (len(measured.latency.samples_ms), measured.latency.batch_size) == (3, 6)
     assert measured.macs == 36 * 8 * 27 + 8 * 4
     assert measured.params == 8 * 27 + 8 + 16 + 8 * 4 + 4
     assert measured.size_bytes == weight_bytes(model)

@@ -54,8 +54,6 @@ def test_facts_of_the_architectures_agree_with_the_networks(name):
         model = torchvision.models.get_model(name, num_classes=7)
     assert head_name(model) == ARCHITECTURES[name].head
     assert model.get_submodule(ARCHITECTURES[name].head).out_features == 7
-    graph = torch.fx.symbolic_trace(model).graph
-    assert any("add" in str(node.target) for node in graph.nodes) == ARCHITECTURES[name].residual
     assert hasattr(model, "conv1") == ARCHITECTURES[name].small_stem
     assert ARCHITECTURES[name].weights.name == "IMAGENET1K_V1"
 

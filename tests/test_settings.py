@@ -113,3 +113,8 @@ def test_trained_weights_can_replace_training(tmp_path):
     weights.write_bytes(b"")
     run = checked("training.train=false", f"model.pretrained_weights_path={weights}")
     assert run.model.pretrained_weights_path == str(weights)
+
+
+def test_a_scores_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"pruning\.scores_path: \".*/scores\.npz\"; no such file"):
+        checked(f"pruning.scores_path={tmp_path / 'scores.npz'}")

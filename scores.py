@@ -1,0 +1,129 @@
+"""Scores on disk: what a run scored, with all that shaped it: other ratios of the same scores need no new pass."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from errors import ConfigError
+from filter_selection import Scores
+from records import write_whole
+from selection import PruningSelection
+from structure import ModelGraph
+
+log = logging.getLogger(__name__)
+
+KEY = "pruning.scores_path"
+FACTS = "facts.json"  # no name of a layer: it would have to be a module called `json` in one called `facts`
+
+
+def obtain_scores(
+    settings: Any, selector: PruningSelection, graph: ModelGraph, factory: Any, run_dir: Path
+) -> tuple[Scores, float]:
+    """The scores of all prunable layers and the seconds that scoring took, kept as `scores.npz` in the run directory.
+
+    With `pruning.scores_path` they are read from there, with the seconds of the run that made them.
+
+    Raises:
+        BenchmarkError: as `Criterion.score` does.
+        ConfigError: the file is no scores file, was shaped otherwise, or lacks a layer.
+    """
+    facts = shaping_facts(settings, selector, graph, factory)
+    layers = selector.layers(graph)
+    given = settings.pruning.scores_path
+    if given is not None:
+        scores, made_with = load_scores(given)
+        scores = _fitting(scores, made_with, facts, {layer: graph.conv(layer).out_channels for layer in layers}, given)
+        seconds = made_with["scoring_seconds"]
+        log.info("Scores reused, nothing is scored: %s (scoring took %.1f s)", given, seconds)
+    else:
+        log.info("Scoring %d layers with %s ...", len(layers), settings.pruning.name)
+        start = time.perf_counter()
+        scores = selector.score(graph)
+        seconds = time.perf_counter() - start
+    save_scores(run_dir / "scores.npz", scores, facts | {"scoring_seconds": seconds})
+    return scores, seconds
+
+
+def shaping_facts(settings: Any, selector: PruningSelection, graph: ModelGraph, factory: Any) -> dict[str, Any]:
+    """Everything that a layer's scores depend on, as JSON can hold it, under the names of the settings.
+
+    Neither the ratios, the scope and the floor, which come after the scores, nor the order of `selected_classes`.
+    """
+    pruning = settings.pruning
+    facts = {"pruning.name": pruning.name, **{f"pruning.{key}": value for key, value in pruning.options.items()}}
+    facts |= {"seed": settings.seed, "model.name": settings.model.name, "weights (sha256)": weights_digest(graph.model)}
+    if selector.criterion.needs_data:
+        facts |= {
+            "pruning.scoring_classes": pruning.scoring_classes,
+            "num_pruning_samples": settings.num_pruning_samples,
+            "dataset.name": settings.dataset.name,
+            "images (sha256)": factory.fingerprint(),
+        }
+        if pruning.scoring_classes != "all":
+            facts["selected_classes"] = sorted(settings.selected_classes)
+    return json.loads(json.dumps(facts))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The sha256, in hexadecimal, of all parameters and buffers with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        # As bytes, whatever the type (numpy knows no bfloat16) and the memory format.
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_scores(path: Path, scores: Scores, facts: dict[str, Any]) -> None:
+    """An npz file of one array a layer and the facts as JSON. Raises BenchmarkError where it cannot be written."""
+    content = io.BytesIO()
+    arrays = {layer: values.numpy() for layer, values in scores.items()}
+    np.savez(content, **arrays, **{FACTS: np.array(json.dumps(facts))})
+    write_whole(path, content.getvalue())
+
+
+def load_scores(path: str | Path) -> tuple[Scores, dict[str, Any]]:
+    """What `save_scores` wrote. Raises ConfigError for a file that cannot be read or is none of its making."""
+    try:
+        content = io.BytesIO(Path(path).read_bytes())  # np.load leaves a damaged file open
+        with np.load(content, allow_pickle=False) as arrays:
+            facts = json.loads(str(arrays[FACTS]))
+            scores = {layer: torch.from_numpy(arrays[layer]) for layer in arrays.files if layer != FACTS}
+        facts["scoring_seconds"] = float(facts["scoring_seconds"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{KEY}: {path}; is not the scores.npz of a run, or is damaged") from error
+    return scores, facts
+
+
+def _fitting(scores: Scores, made_with: dict, wanted: dict, widths: dict[str, int], path: str) -> Scores:
+    """The scores of the layers in `widths`, once everything that shaped them is what this run would have."""
+    for fact in wanted | made_with:
+        if fact != "scoring_seconds" and made_with.get(fact) != wanted.get(fact):
+            raise ConfigError(
+                f"{KEY}: {path}; was made with {fact}={_told(made_with, fact)}, this run has {_told(wanted, fact)}; "
+                f"leave {KEY} out to score anew"
+            )
+    missing = [layer for layer in widths if len(scores.get(layer, ())) != widths[layer]]
+    if missing:
+        raise ConfigError(
+            f"{KEY}: {path}; has no scores of {missing[0]}, which this run prunes; was it made with another "
+            "model.skip_first_layers?"
+        )
+    return {layer: scores[layer] for layer in widths}
+
+
+def _told(facts: dict[str, Any], fact: str) -> str:
+    if fact not in facts:
+        return "none"
+    return f"{facts[fact][:12]}..." if "sha256" in fact else json.dumps(facts[fact])
