@@ -12,6 +12,7 @@ and at 2,048 images, and prints how far its peak memory grows over that of the l
 
 import argparse
 import csv
+import json
 import resource
 import statistics
 import subprocess
@@ -28,10 +29,12 @@ from benchmarks.evaluation import paired_seconds
 from filter_selection import REGISTRY, Criterion, get_criterion
 from filter_selection.base import ResponseCriterion
 from selection import PruningSelection
+from settings import declaration
 
 CLASSES = 10
+MEMORY_IMAGES = (256, 2048)
 RATIOS = tuple(step / 11 for step in range(11))
-ATTRIBUTIONS = ("taylor", "sensitivity", "apoz")
+VARIED = {"ocap": "aggregation", "torchpruner": "attribution", "torch_pruning": "importance"}
 
 
 class RandomBatches:
@@ -102,7 +105,7 @@ def measure(name: str, method: str, options: dict, size: int, images: int, batch
     return {
         "model": name,
         "size": size,
-        "method": "-".join((method, *map(str, options.values()))),
+        "method": label_of(method, options),
         "layers": len(one.layers(graph)),
         "pass": kind,
         "ratio_median": round(middle, 3),
@@ -117,29 +120,30 @@ def measure(name: str, method: str, options: dict, size: int, images: int, batch
     }
 
 
-def peak_growth(name: str, method: str, images: int) -> float:
-    """MiB that scoring adds to the peak memory of this process."""
+def peak_growth(name: str, method: str, options: dict, size: int, images: int, batch_size: int) -> float:
+    """MiB that scoring adds to the peak memory of this process, the network loaded and run once."""
     model = build(name)
-    criterion = get_criterion(method)
-    selection = selection_for(criterion, 32, RandomBatches(images, 32, 64), (0.5,))
+    criterion = get_criterion(method, options)
+    selection = selection_for(criterion, size, RandomBatches(images, size, batch_size), (0.5,))
     graph = selection._graph(model)
-    forward_pass(model, list(RandomBatches(64, 32, 64)))()
+    forward_pass(model, list(RandomBatches(batch_size, size, batch_size)))()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     selection.score(graph)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def cases(methods: list[str]) -> list[tuple[str, dict]]:
-    """Every method once, TorchPruner's once an attribution, OCAP once an aggregation."""
+    """(method, options) of every method once, or once a word of the key that makes it another method."""
     found = []
     for method in methods:
-        if method == "torchpruner":
-            found += [(method, {"attribution": attribution}) for attribution in ATTRIBUTIONS]
-        elif method == "ocap":
-            found += [(method, {"aggregation": aggregation}) for aggregation in ("union", "frequency")]
-        else:
-            found.append((method, {}))
+        key = VARIED.get(method)
+        words = declaration("pruning", method)["choices"][key] if key else ()
+        found += [(method, {key: word}) for word in words] or [(method, {})]
     return found
+
+
+def label_of(method: str, options: dict) -> str:
+    return " ".join((method, *map(str, options.values())))
 
 
 def main() -> int:
@@ -153,19 +157,24 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--one-memory-case", nargs=3, metavar=("MODEL", "METHOD", "IMAGES"), help=argparse.SUPPRESS)
+    parser.add_argument("--one-memory-case", help=argparse.SUPPRESS)  # a process of its own: arguments of peak_growth
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.one_memory_case:
-        model, method, images = options.one_memory_case
-        print(peak_growth(model, method, int(images)))
+        print(peak_growth(*json.loads(options.one_memory_case)))
         return 0
     for name in options.models:
         for method, own in cases(options.methods):
-            if options.memory:
-                print(f"{name:10} {method:16} {memory_line(name, method)}", flush=True)
-                continue
             for size in options.sizes:
+                if options.memory:
+                    case = (name, method, own, size)
+                    few, many = (peak_of_process(*case, images, options.batch_size) for images in MEMORY_IMAGES)
+                    print(
+                        f"{name:10} {size:3} {label_of(method, own):26} peak grows by {few:6.1f} MiB over "
+                        f"{MEMORY_IMAGES[0]:,} images, by {many:6.1f} MiB over {MEMORY_IMAGES[1]:,}",
+                        flush=True,
+                    )
+                    continue
                 row = measure(name, method, own, size, options.images, options.batch_size, options.repeats)
                 print(
                     f"{name:10} {size:3} {row['method']:28} {row['ratio_median']:6.3f} of {row['pass']} "
@@ -178,13 +187,10 @@ def main() -> int:
     return 0
 
 
-def memory_line(name: str, method: str) -> str:
-    grown = []
-    for images in (256, 2048):
-        command = [sys.executable, "-m", "benchmarks.selection", "--one-memory-case", name, method, str(images)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-        grown.append(float(answer.stdout.split()[-1]))
-    return f"peak grows by {grown[0]:.1f} MiB over 256 images, by {grown[1]:.1f} MiB over 2,048"
+def peak_of_process(*case) -> float:
+    command = [sys.executable, "-m", "benchmarks.selection", "--one-memory-case", json.dumps(case)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(answer.stdout.split()[-1])
 
 
 def append(path: Path, row: dict) -> None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import inspect
 import math
+import weakref
 
 import pytest
 import torch
@@ -130,6 +132,35 @@ def test_a_layer_scores_the_same_alone(variant, net, scored, data):
     layer = graph.prunable[-1]
     alone = make(variant).score(graph, [layer], batches(*data))
     assert list(alone) == [layer] and torch.allclose(alone[layer], expected[layer], rtol=1e-9)
+
+
+def bytes_of_live_tensors() -> int:
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@each_variant
+def test_what_is_kept_from_batch_to_batch_does_not_grow(variant):
+    """Neither the images nor anything made of them outlives the next batch but a state of constant size."""
+    held, given = [], []
+
+    def images_watched():
+        for number in range(6):
+            images, labels = images_and_labels(5, seed=number)
+            given.append(weakref.ref(images))
+            yield 0.3 * images, labels
+            del images
+            if number in (1, 5):
+                held.append(bytes_of_live_tensors())
+
+    graph = graph_of("residual")
+    criterion = make(variant)
+    criterion.score(graph, graph.prunable, images_watched())
+    assert len(held) == (2 if criterion.needs_data else 0)
+    assert len(set(held)) <= 1
+    assert not any(reference() is not None for reference in given)
 
 
 # The network and the caller's belongings
