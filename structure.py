@@ -26,10 +26,12 @@ from helpers import evaluating
 
 NORMS = (nn.BatchNorm2d,)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.ELU, nn.Sigmoid, nn.Hardsigmoid)
+SHIFTING = (nn.Sigmoid, nn.Hardsigmoid)  # zero does not stay zero
 PASSING = (nn.Dropout, nn.Dropout2d, nn.Identity)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 ACTIVATION_CALLS = {F.relu, F.relu6, F.leaky_relu, F.hardswish, F.silu, F.gelu, F.hardsigmoid, torch.relu,
                     torch.sigmoid, "relu", "relu_", "sigmoid"}  # fmt: skip
+SHIFTING_CALLS = {F.hardsigmoid, torch.sigmoid, "sigmoid"}
 PASSING_CALLS = {F.dropout, stochastic_depth, torch.clone, "clone"}  # as they are in evaluation mode
 POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -161,6 +163,7 @@ class ChannelNumbers(fx.Interpreter):
         self.pinned: dict[int, str] = {}  # filter number -> why it must stay
         self.inputs: dict[str, Tensor] = {}  # node that consumes channels -> their numbers
         self.outputs: dict[str, Tensor] = {}  # convolution -> the numbers of its output channels
+        self.taps = {graph.tap(layer).node for layer in graph.convs}
         self.followers: dict[str, str] = {}  # depthwise convolution -> the reason it has no filters of its own
         self.run(torch.full((1, *graph.input_shape), FIXED))
 
@@ -218,10 +221,10 @@ class ChannelNumbers(fx.Interpreter):
             self.inputs[node.name] = self._along(node, numbers, -1)
             return self._like(node)
         if isinstance(module, (*ACTIVATIONS, *PASSING)):
-            return numbers
+            return self._shifted(node, numbers) if isinstance(module, SHIFTING) else numbers
         if isinstance(module, NORMS):
             self.inputs[node.name] = self._along(node, numbers, 1)
-            return numbers
+            return self._shifted(node, numbers)
         if isinstance(module, POOLS):
             return self._pooled(node, numbers)
         if isinstance(module, (nn.Flatten, nn.ChannelShuffle)):
@@ -250,11 +253,11 @@ class ChannelNumbers(fx.Interpreter):
         if target in ADDS or target in PRODUCTS:
             tensors = [value for value in args[:2] if isinstance(value, Tensor)]
             if len(tensors) == 1:
-                return tensors[0]
+                return self._shifted(node, tensors[0]) if target in ADDS else tensors[0]
             word = "a residual add" if target in ADDS else "a product"
             return self.tie(*tensors, f"it is joined by {word} with channels that must stay")
         if target in ACTIVATION_CALLS or target in PASSING_CALLS:
-            return args[0]
+            return self._shifted(node, args[0]) if target in SHIFTING_CALLS else args[0]
         if target in POOL_CALLS:
             return self._pooled(node, args[0])
         if target in (torch.mean, "mean"):
@@ -268,6 +271,13 @@ class ChannelNumbers(fx.Interpreter):
         if not tensors_in((args, kwargs)):  # arithmetic on sizes
             return target(*args, **kwargs)
         return self._unknown(node, args, kwargs)
+
+    def _shifted(self, node: fx.Node, numbers: Tensor) -> Tensor:
+        """What makes something else of zero pins the filters, unless their response is read behind it: a filter that is
+        gone would not be a filter whose response is zero."""
+        if node.name not in self.taps:
+            self.pin(numbers, f"{node.target if node.op == 'call_module' else node.name} would not keep its zeros zero")
+        return numbers
 
     def _pooled(self, node: fx.Node, numbers: Tensor) -> Tensor:
         return numbers[:, :, :1, :1].expand(node.meta["tensor_meta"].shape)

@@ -1,7 +1,7 @@
 """What scoring costs beside the bare pass that a method needs: each method of the registry, same images, same run.
 
     python -m benchmarks.selection [--methods ocap ...] [--models vgg16 resnet18] [--sizes 32 224] [--images 256]
-        [--repeats 7] [--threads N] [--csv FILE] [--memory]
+        [--repeats 7] [--threads N] [--csv FILE] [--memory] [--no-sweeps]
 
 A method that reads responses is held against a bare forward pass of the whole network, one that reads gradients or
 relevance against a forward and backward pass with weight gradients. The two alternate, the first of each pair changing
@@ -76,7 +76,8 @@ def forward_backward_pass(model: nn.Module, batches: list[tuple[Tensor, Tensor]]
 
 def bare_pass(criterion: Criterion) -> str:
     """The pass that the method cannot do without."""
-    if isinstance(criterion, ResponseCriterion) or not criterion.needs_data:
+    reading = getattr(criterion, "attributing", criterion)  # TorchPruner's APoZ reads responses, the others gradients
+    if isinstance(reading, ResponseCriterion) or not criterion.needs_data:
         return "forward"
     return "forward+backward"
 
@@ -90,8 +91,10 @@ def selection_for(criterion: Criterion, size: int, batches, ratios: tuple[float,
     return PruningSelection(criterion, ratios, (3, size, size), batches, scope=criterion.scopes[0])
 
 
-def measure(name: str, method: str, options: dict, size: int, images: int, batch_size: int, repeats: int) -> dict:
-    """One row: the method's score against its bare pass, and 11 ratios against one."""
+def measure(
+    name: str, method: str, options: dict, size: int, images: int, batch_size: int, repeats: int, sweeps: bool
+) -> dict:
+    """One row: the method's score against its bare pass, and, with `sweeps`, 11 ratios against one."""
     model = build(name)
     batches = list(RandomBatches(images, size, batch_size))
     criterion = get_criterion(method, options)
@@ -101,7 +104,7 @@ def measure(name: str, method: str, options: dict, size: int, images: int, batch
     bare = (forward_pass if kind == "forward" else forward_backward_pass)(model, batches)
     pairs = paired_seconds(bare, lambda: one.score(graph), repeats)
     low, middle, high = statistics.quantiles([ours / theirs for theirs, ours in pairs], n=4, method="inclusive")
-    sweep = paired_seconds(lambda: one.select(graph), lambda: eleven.select(graph), repeats)
+    sweep = paired_seconds(lambda: one.select(graph), lambda: eleven.select(graph), repeats) if sweeps else []
     return {
         "model": name,
         "size": size,
@@ -111,7 +114,7 @@ def measure(name: str, method: str, options: dict, size: int, images: int, batch
         "ratio_median": round(middle, 3),
         "ratio_q1": round(low, 3),
         "ratio_q3": round(high, 3),
-        "eleven_ratios_over_one": round(statistics.median(many / single for single, many in sweep), 3),
+        "eleven_ratios_over_one": round(statistics.median(b / a for a, b in sweep), 3) if sweep else None,
         "images": images,
         "batch_size": batch_size,
         "repeats": repeats,
@@ -157,6 +160,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--no-sweeps", dest="sweeps", action="store_false", help="11 ratios are not held against one")
     parser.add_argument("--one-memory-case", help=argparse.SUPPRESS)  # a process of its own: arguments of peak_growth
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -175,11 +179,13 @@ def main() -> int:
                         flush=True,
                     )
                     continue
-                row = measure(name, method, own, size, options.images, options.batch_size, options.repeats)
+                row = measure(
+                    name, method, own, size, options.images, options.batch_size, options.repeats, options.sweeps
+                )
+                sweep = f", 11 ratios {row['eleven_ratios_over_one']:.3f} of one" if options.sweeps else ""
                 print(
                     f"{name:10} {size:3} {row['method']:28} {row['ratio_median']:6.3f} of {row['pass']} "
-                    f"({row['ratio_q1']:.3f} to {row['ratio_q3']:.3f}), "
-                    f"11 ratios {row['eleven_ratios_over_one']:.3f} of one",
+                    f"({row['ratio_q1']:.3f} to {row['ratio_q3']:.3f}){sweep}",
                     flush=True,
                 )
                 if options.csv:
@@ -191,6 +197,24 @@ def peak_of_process(*case) -> float:
     command = [sys.executable, "-m", "benchmarks.selection", "--one-memory-case", json.dumps(case)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(answer.stdout.split()[-1])
+
+
+def markdown(path: Path) -> str:
+    """The table of a CSV: a row a method, a column a network and image size; the median ratio with its quartiles."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = list(dict.fromkeys((row["model"], row["size"]) for row in rows))
+    ratios = {
+        (row["method"], row["model"], row["size"]): "{ratio_median} ({ratio_q1} to {ratio_q3})".format_map(row)
+        for row in rows
+    }
+    passes = {row["method"]: row["pass"] for row in rows}
+    lines = ["| method | bare pass | " + " | ".join(f"{model}, {size}x{size}" for model, size in columns) + " |"]
+    lines.append("|---|---|" + "---|" * len(columns))
+    for method in sorted(passes, key=lambda method: (passes[method], method)):
+        cells = [ratios.get((method, *column), "-") for column in columns]
+        lines.append(f"| `{method}` | {passes[method]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def append(path: Path, row: dict) -> None:

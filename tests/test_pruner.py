@@ -78,7 +78,13 @@ def assert_equal_to_masking(graph: ModelGraph, indices: dict[str, list[int]], pr
 @pytest.fixture(scope="module")
 def small() -> ModelGraph:
     torch.manual_seed(0)
-    return ModelGraph(lively(Small()), SHAPE)
+    model = lively(Small())
+    model.depthwise[1].bias.data += 0.7  # no filter is without effect on the images of `assert_equal_to_masking`
+    graph = ModelGraph(model, SHAPE)
+    for layer in graph.prunable:
+        for index in range(graph.conv(layer).out_channels):
+            assert_equal_to_masking(graph, {layer: [index]}, "depgraph")
+    return graph
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,7 +102,10 @@ def test_any_subset_that_leaves_one_filter_equals_masking(small, data):
 slow = pytest.mark.slow  # VGGs: a gigabyte of weights in float64
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", *(pytest.param(v, marks=slow) for v in VGGS)])
+NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "densenet121", *(pytest.param(name, marks=slow) for name in VGGS)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("ratio", [0.3, 0.999])
 def test_torchvision_models_equal_masking(name, ratio):
     torch.manual_seed(0)

@@ -102,11 +102,11 @@ def test_prunable_of_mobilenet_v2_by_hand():
 class DenseBlock(nn.Module):
     """Each layer reads all earlier ones by concatenation; only the last one's sum with the stem ties anything."""
 
-    def __init__(self, add: bool):
+    def __init__(self, add: bool, norm: type[nn.Module] = nn.Identity):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.one = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
-        self.two = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))
+        self.one = nn.Sequential(norm(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+        self.two = nn.Sequential(norm(6), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))
         self.fc = nn.Linear(10, 3)
         self.add = add
 
@@ -131,6 +131,22 @@ def test_an_add_ties_what_a_concatenation_passes_on():
     graph = graph_of(DenseBlock(add=True))
     assert graph.prunable == ("one.2",)
     assert "stem" in graph.left_out["two.2"] and "two.2" in graph.left_out["stem"]
+
+
+def test_what_a_batch_norm_would_shift_on_its_way_stays():
+    """What is zero before the next block's BatchNorm is not zero behind it, so removing it would not be zeroing it."""
+    graph = graph_of(DenseBlock(add=False, norm=nn.BatchNorm2d))
+    assert graph.left_out == {layer: "one.0 would not keep its zeros zero" for layer in ("stem",)} | {
+        "one.2": "two.0 would not keep its zeros zero"
+    }
+    assert graph.prunable == ("two.2",)
+
+
+def test_prunable_of_densenet121_by_hand():
+    graph = graph_of(torchvision.models.densenet121(num_classes=10), (3, 32, 32))
+    sizes = enumerate((6, 12, 24, 16), start=1)  # Huang et al., table 1
+    bottlenecks = [f"features.denseblock{b}.denselayer{n}.conv1" for b, size in sizes for n in range(1, size + 1)]
+    assert list(graph.prunable) == bottlenecks
 
 
 def test_grouped_convolutions_and_what_feeds_them_stay():
@@ -234,6 +250,11 @@ BINDS = {
     "add by keyword": (lambda net, x: torch.add(input=x, other=x), 4, None, "it feeds add (add)"),
     "group norm": (lambda net, x: net.module(x), 4, nn.GroupNorm(2, 4), "it feeds module (GroupNorm)"),
     "softmax": (lambda net, x: torch.softmax(x, 1), 4, None, "it feeds softmax (softmax)"),
+    "one more": (lambda net, x: x + 1, 4, None, "add would not keep its zeros zero"),
+    "a gate of its own": (lambda net, x: torch.sigmoid(x), 4, None, "sigmoid would not keep its zeros zero"),
+    "a norm behind the activation": (
+        lambda net, x: net.module(x), 4, nn.BatchNorm2d(4), "module would not keep its zeros zero"
+    ),
     "pixels become channels": (lambda net, x: x.reshape(-1, 2, 12, 6), 2, None, f"two {MIXED}"),
     "factors that are no filter's": (lambda net, x: net.module(x), 4, Scale(), FIXED_FACTOR),
     "linear over pixels": (lambda net, x: net.module(x), 4, nn.Linear(6, 6), f"module {MIXED}"),
