@@ -79,7 +79,8 @@ def assert_equal_to_masking(graph: ModelGraph, indices: dict[str, list[int]], pr
 def small() -> ModelGraph:
     torch.manual_seed(0)
     model = lively(Small())
-    model.depthwise[1].bias.data += 0.7  # no filter is without effect on the images of `assert_equal_to_masking`
+    for layer in (model.inner[1], model.depthwise[1], model.left[0]):
+        layer.bias.data += 1  # so that no filter is without effect on the images of `assert_equal_to_masking`
     graph = ModelGraph(model, SHAPE)
     for layer in graph.prunable:
         for index in range(graph.conv(layer).out_channels):
