@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch_pruning
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from channel_numbers import FIXED
 from errors import BenchmarkError, ConfigError
 from filter_selection.base import FilterIndices
 from helpers import evaluating
-from structure import FIXED, ModelGraph, dependency_graph
+from structure import ModelGraph, dependency_graph
 
 # Of the largest output: what float32 rounding leaves of two equal networks, with room for the deepest.
 EQUAL_WITHIN = 1e-3
@@ -97,20 +98,23 @@ class MaskedForward(fx.Interpreter):
 
     def __init__(self, graph: ModelGraph, indices: FilterIndices):
         super().__init__(graph.module)
-        numbers = graph.channels
-        gone = {numbers.find(numbers.first[layer] + index) for layer, filters in indices.items() for index in filters}
-        self.filters: dict[str, list[int]] = {}
+        gone = graph.channels.gone_with(indices)
+        self.filters: dict[str, Tensor] = {}
         for layer in graph.convs:
-            own = numbers.outputs[layer].tolist()
-            filters = [index for index, number in enumerate(own) if number != FIXED and numbers.find(number) in gone]
-            if filters:
+            filters = (~staying(graph.channels.outputs[layer], gone)).nonzero().flatten()
+            if len(filters):
                 self.filters[graph.tap(layer).node] = filters
 
     def run_node(self, node: fx.Node):
         value = super().run_node(node)
         if node.name in self.filters:
-            value = value.index_fill(1, torch.tensor(self.filters[node.name], device=value.device), 0)
+            value = value.index_fill(1, self.filters[node.name].to(value.device), 0)
         return value
+
+
+def staying(numbers: Tensor, gone: Tensor) -> Tensor:
+    """bool, one a channel: whether it stays; one that no filter made always does."""
+    return (numbers == FIXED) | ~gone[numbers.clamp_min(0)]
 
 
 class DepGraphPruner(Pruner):
@@ -134,7 +138,55 @@ class DepGraphPruner(Pruner):
             parameter.grad = None
 
 
-PRUNERS: dict[str, type[Pruner]] = {"depgraph": DepGraphPruner}
+class StructurePruner(Pruner):
+    """Removal by our own graph: every filter followed to whatever reads it, and each layer sliced once."""
+
+    def _remove(self, model: nn.Module, indices: FilterIndices) -> None:
+        numbers = self.graph.channels
+        gone = numbers.gone_with(indices)
+        for node in self.graph.module.graph.nodes:
+            if node.name not in numbers.inputs:
+                continue
+            layer = model.get_submodule(node.target)
+            read = staying(numbers.inputs[node.name], gone).nonzero().flatten()
+            if isinstance(layer, nn.Conv2d):
+                made = staying(numbers.outputs[node.target], gone).nonzero().flatten()
+                _slice_conv(layer, made, read)
+            elif isinstance(layer, nn.Linear):
+                _slice(layer, "weight", read, dim=1)
+                layer.in_features = len(read)
+            else:
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    _slice(layer, name, read)
+                layer.num_features = len(read)
+
+
+def _slice_conv(conv: nn.Conv2d, made: Tensor, read: Tensor) -> None:
+    """Leave the filters `made` and, of the channels they read, `read`."""
+    depthwise = conv.weight.shape[1] == 1 and conv.groups == conv.in_channels
+    _slice(conv, "weight", made)
+    _slice(conv, "bias", made)
+    if depthwise and conv.groups > 1:
+        conv.groups = len(read)
+    elif conv.groups == 1:
+        _slice(conv, "weight", read, dim=1)
+    conv.in_channels, conv.out_channels = len(read), len(made)
+
+
+def _slice(layer: nn.Module, name: str, kept: Tensor, dim: int = 0) -> None:
+    """Leave `kept` of a parameter or buffer along `dim`, in the memory format that it has."""
+    value = getattr(layer, name)
+    if value is None or len(kept) == value.shape[dim]:
+        return
+    sliced = value.detach().index_select(dim, kept.to(value.device))
+    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        sliced = sliced.contiguous(memory_format=torch.channels_last)
+    if isinstance(value, nn.Parameter):
+        sliced = nn.Parameter(sliced, requires_grad=value.requires_grad)
+    setattr(layer, name, sliced)
+
+
+PRUNERS: dict[str, type[Pruner]] = {"depgraph": DepGraphPruner, "structure": StructurePruner}
 
 
 def get_pruner(name: str, graph: ModelGraph) -> Pruner:

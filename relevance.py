@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from channel_numbers import ADDS, PASSING, PASSING_CALLS, PRODUCTS, RESHAPES
 from errors import BenchmarkError
 from relevance_rules import (
     Add,
@@ -28,7 +29,7 @@ from relevance_rules import (
     folded,
     whole,
 )
-from structure import ADDS, PASSING, PASSING_CALLS, PRODUCTS, RESHAPES, ModelGraph
+from structure import ModelGraph
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 RELU_CALLS = {F.relu: F.relu, torch.relu: F.relu, "relu": F.relu, "relu_": F.relu, F.relu6: F.relu6}

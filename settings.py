@@ -75,7 +75,7 @@ class PruningSettings:
     pruning_scope: Literal["layer", "global"]
     scoring_classes: Literal["selected", "all", "complement"]
     min_filters: Positive
-    pruner: Literal["depgraph"]
+    pruner: Literal["depgraph", "structure"]
     scores_path: Text | None
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's own keys
 

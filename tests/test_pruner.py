@@ -11,7 +11,7 @@ from torch import nn
 
 from errors import BenchmarkError
 from filter_selection import get_criterion
-from pruner import DepGraphPruner, get_pruner
+from pruner import PRUNERS, DepGraphPruner, get_pruner
 from structure import ModelGraph
 from tests.oracles import masked
 
@@ -75,6 +75,13 @@ def assert_equal_to_masking(graph: ModelGraph, indices: dict[str, list[int]], pr
         assert not torch.equal(actual, unpruned)  # masking the wrong place would make the equality empty
 
 
+def assert_same_state(graph: ModelGraph, indices: dict[str, list[int]]) -> None:
+    """Whichever way the filters are removed, the same weights are left under the same names."""
+    one, other = (get_pruner(pruner, graph).prune(indices).state_dict() for pruner in ("depgraph", "structure"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.fixture(scope="module")
 def small() -> ModelGraph:
     torch.manual_seed(0)
@@ -97,7 +104,9 @@ def test_any_subset_that_leaves_one_filter_equals_masking(small, data):
         chosen = data.draw(st.sets(st.integers(0, width - 1), max_size=width - 1), label=layer)
         if chosen:
             indices[layer] = sorted(chosen)
-    assert_equal_to_masking(small, indices, "depgraph")
+    for pruner in PRUNERS:
+        assert_equal_to_masking(small, indices, pruner)
+    assert_same_state(small, indices)
 
 
 slow = pytest.mark.slow  # VGGs: a gigabyte of weights in float64
@@ -114,7 +123,9 @@ def test_torchvision_models_equal_masking(name, ratio):
     criterion = get_criterion("random", seed=3)
     indices = criterion.select(criterion.score(graph, graph.prunable), ratio, "layer")
     assert all(indices[layer] for layer in graph.prunable)
-    assert_equal_to_masking(graph, indices, "depgraph")
+    for pruner in PRUNERS:
+        assert_equal_to_masking(graph, indices, pruner)
+    assert_same_state(graph, indices)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -124,7 +135,9 @@ def test_flattened_features_equal_masking(batch_norm, ratio):
     graph = ModelGraph(lively(small_vgg(batch_norm)), SHAPE)
     criterion = get_criterion("random", seed=3)
     indices = criterion.select(criterion.score(graph, graph.prunable), ratio, "layer")
-    assert_equal_to_masking(graph, indices, "depgraph")
+    for pruner in PRUNERS:
+        assert_equal_to_masking(graph, indices, pruner)
+    assert_same_state(graph, indices)
 
 
 def test_a_library_that_removes_too_much_is_caught():

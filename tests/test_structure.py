@@ -8,9 +8,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from channel_numbers import FIXED
 from errors import BenchmarkError, ConfigError
 from helpers import derive_seed, evaluating, filter_pruning_indices_for_resnet, generator, share_of
-from structure import FIXED, ModelGraph
+from structure import ModelGraph
 from tests.nets import SHAPE, Mixed, Plain, Residual, lively
 
 
@@ -204,16 +205,15 @@ class Between(nn.Module):
 
 
 MOVES = {
-    "view": (lambda net, x: x.view(x.size(0), -1).view(x.size(0), 4, 6, 6), 4, None, [0, 1, 2, 3]),
-    "reshape": (lambda net, x: x.reshape(x.shape[0], 4, 36, 1), 4, None, [0, 1, 2, 3]),
+    "view": (lambda net, x: x.view(x.size(0), x.size(1), -1).unsqueeze(3), 4, None, [0, 1, 2, 3]),
+    "reshape": (lambda net, x: x.reshape(x.shape[0], -1, 36, 1), 4, None, [0, 1, 2, 3]),
+    "slice of pixels": (lambda net, x: x[:, :, 1:], 4, None, [0, 1, 2, 3]),
+    "chunks of pixels": (lambda net, x: torch.cat(x.chunk(2, 2)[::-1], 2), 4, None, [0, 1, 2, 3]),
     "pool": (lambda net, x: F.max_pool2d(x, 2), 4, None, [0, 1, 2, 3]),
     "pool by keyword": (lambda net, x: F.max_pool2d(input=x, kernel_size=2), 4, None, [0, 1, 2, 3]),
     "scale": (lambda net, x: 0.5 * x, 4, None, [0, 1, 2, 3]),
     "mean of pixels": (lambda net, x: x.mean((-2, -1), keepdim=True), 4, None, [0, 1, 2, 3]),
     "mean of rows": (lambda net, x: torch.mean(x, 2).unsqueeze(2), 4, None, [0, 1, 2, 3]),
-    "shuffle": (lambda net, x: net.module(x), 4, nn.ChannelShuffle(2), [0, 2, 1, 3]),
-    "halves swapped": (lambda net, x: torch.cat(x.chunk(2, 1)[::-1], 1), 4, None, [2, 3, 0, 1]),
-    "slice": (lambda net, x: x[:, 1:], 3, None, [1, 2, 3]),
     "linear over channels": (
         lambda net, x: net.module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 4, nn.Linear(4, 4), [FIXED] * 4
     ),
@@ -238,6 +238,7 @@ class Scale(nn.Module):
 
 
 MIXED = "reads its filters mixed into one channel"
+PLACE = "takes its channels by their place"
 FIXED_FACTOR = "it is joined by a product with channels that must stay"
 BINDS = {
     "mean of channels": (lambda net, x: x * x.mean(1, keepdim=True), 4, None, "it feeds mean (mean)"),
@@ -250,12 +251,19 @@ BINDS = {
     "add by keyword": (lambda net, x: torch.add(input=x, other=x), 4, None, "it feeds add (add)"),
     "group norm": (lambda net, x: net.module(x), 4, nn.GroupNorm(2, 4), "it feeds module (GroupNorm)"),
     "softmax": (lambda net, x: torch.softmax(x, 1), 4, None, "it feeds softmax (softmax)"),
+    "shuffle": (lambda net, x: net.module(x), 4, nn.ChannelShuffle(2), f"module {PLACE}"),
+    "halves swapped": (lambda net, x: torch.cat(x.chunk(2, 1)[::-1], 1), 4, None, f"chunk {PLACE}"),
+    "slice": (lambda net, x: x[:, 1:], 3, None, f"getitem {PLACE}"),
+    "a width written out": (lambda net, x: x.view(x.size(0), 4, 6, 6), 4, None, f"view {PLACE}"),
+    "groups of channels": (
+        lambda net, x: x.reshape(x.size(0), 2, -1, 6, 6).transpose(1, 2).flatten(1, 2), 4, None, f"reshape {PLACE}"
+    ),
     "one more": (lambda net, x: x + 1, 4, None, "add would not keep its zeros zero"),
     "a gate of its own": (lambda net, x: torch.sigmoid(x), 4, None, "sigmoid would not keep its zeros zero"),
     "a norm behind the activation": (
         lambda net, x: net.module(x), 4, nn.BatchNorm2d(4), "module would not keep its zeros zero"
     ),
-    "pixels become channels": (lambda net, x: x.reshape(-1, 2, 12, 6), 2, None, f"two {MIXED}"),
+    "pixels become channels": (lambda net, x: x.reshape(-1, 2, 12, 6), 2, None, f"reshape {PLACE}"),
     "factors that are no filter's": (lambda net, x: net.module(x), 4, Scale(), FIXED_FACTOR),
     "linear over pixels": (lambda net, x: net.module(x), 4, nn.Linear(6, 6), f"module {MIXED}"),
 }  # fmt: skip
