@@ -45,7 +45,7 @@ BAD_INPUT = [
     (["pruning=ln_structured", "pruning.norm=3"], "pruning.norm: 3; ln_structured takes only 1, 2"),
     (["pruning=ln_structured", "pruning.aggregation=union"], "pruning.aggregation: \"union\"; no such key"),
     (["pruning.min_filters=0"], "pruning.min_filters: 0; must be an integer of at least 1"),
-    (["pruning.pruner=scissors"], 'pruning.pruner: "scissors"; must be depgraph'),
+    (["pruning.pruner=scissors"], 'pruning.pruner: "scissors"; must be one of depgraph, structure'),
     (["selected_classes=[3,33]"], "selected_classes: 33; digits has the classes 0 to 9"),
     (["selected_classes=[3,3]"], "selected_classes: 3 and 3"),
     (["selected_classes=[]"], "selected_classes: []; must be a list of one or more"),
