@@ -163,10 +163,10 @@ class StructurePruner(Pruner):
 
 def _slice_conv(conv: nn.Conv2d, made: Tensor, read: Tensor) -> None:
     """Leave the filters `made` and, of the channels they read, `read`."""
-    depthwise = conv.weight.shape[1] == 1 and conv.groups == conv.in_channels
+    depthwise = 1 < conv.groups == conv.in_channels
     _slice(conv, "weight", made)
     _slice(conv, "bias", made)
-    if depthwise and conv.groups > 1:
+    if depthwise:
         conv.groups = len(read)
     elif conv.groups == 1:
         _slice(conv, "weight", read, dim=1)

@@ -46,6 +46,7 @@ BAD_INPUT = [
     (["pruning=ln_structured", "pruning.aggregation=union"], "pruning.aggregation: \"union\"; no such key"),
     (["pruning.min_filters=0"], "pruning.min_filters: 0; must be an integer of at least 1"),
     (["pruning.pruner=scissors"], 'pruning.pruner: "scissors"; must be one of depgraph, structure'),
+    (["dataset=cifar10", "dataset.root=no/such/folder"], "dataset.root: no/such/folder; no CIFAR-10 there, expected"),
     (["selected_classes=[3,33]"], "selected_classes: 33; digits has the classes 0 to 9"),
     (["selected_classes=[3,3]"], "selected_classes: 3 and 3"),
     (["selected_classes=[]"], "selected_classes: []; must be a list of one or more"),

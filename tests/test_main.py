@@ -31,6 +31,7 @@ SMALL = [
     "latency.warmup=0",
     "pruning.pruning_ratio=[0.5,0.9]",
 ]
+WITHOUT_RETRAINING = "training.retrain_after_pruning=false"
 
 
 def compose(tmp_path: Path, *overrides: str):
@@ -108,13 +109,13 @@ def test_an_unsorted_list_of_classes_gives_the_same_figures_per_class(first, sha
 
 
 def test_classes_by_name_are_the_same_classes(first, shared):
-    named = job(shared, "named", "selected_classes=['3','8','9']", "training.retrain_after_pruning=false")
+    named = job(shared, "named", "selected_classes=['3','8','9']", WITHOUT_RETRAINING)
     pruned = [record for record in first if record.stage != "retrained"]
     assert [r.accuracy_per_class for r in named] == [r.accuracy_per_class for r in pruned]
 
 
 def test_without_head_replacement_all_logits_stay(first, shared):
-    kept = job(shared, "kept", "replace_last_layer=false", "training.retrain_after_pruning=false")
+    kept = job(shared, "kept", "replace_last_layer=false", WITHOUT_RETRAINING)
     dense, untouched = kept[0], kept[1]
     assert {record.head for record in kept} == {"all"}
     assert untouched.accuracy_per_class == dense.accuracy_per_class == first[0].accuracy_per_class
@@ -122,35 +123,32 @@ def test_without_head_replacement_all_logits_stay(first, shared):
 
 
 def test_class_agnostic_methods_remove_as_many_as_asked(first, shared):
-    without = "training.retrain_after_pruning=false"
-    overall = job(shared, "overall", "pruning=ln_structured", "pruning.pruning_scope=global", without)
+    overall = job(shared, "overall", "pruning=ln_structured", "pruning.pruning_scope=global", WITHOUT_RETRAINING)
     prunable = overall[0].filters_prunable
     assert [record.filters_removed for record in overall[1:]] == [0, prunable // 2, prunable * 9 // 10]
-    random = job(shared, "random", "pruning=random", without)
+    random = job(shared, "random", "pruning=random", WITHOUT_RETRAINING)
     widths = [width for layer, width in random[0].widths_dense.items() if layer not in random[0].layers_left_out]
     by_layer = [sum(width * tenths // 10 for width in widths) for tenths in (0, 5, 9)]
     assert [record.filters_removed for record in random[1:]] == by_layer
 
 
-WITHOUT_RETRAINING = "training.retrain_after_pruning=false"
-
-
 def test_other_ratios_of_kept_scores_need_no_new_pass(first, shared, monkeypatch):
-    anew = job(shared, "anew", "pruning.pruning_ratio=[0.3,0.7]", WITHOUT_RETRAINING)
+    ratios = "pruning.pruning_ratio=[0.3,0.7]"
+    anew = job(shared, "anew", ratios, WITHOUT_RETRAINING)
 
     def fail(*_):
         raise AssertionError("scored again")
 
     monkeypatch.setattr(OCAP, "compute", fail)
     path = shared / "first" / "scores.npz"
-    ratios = ["pruning.pruning_ratio=[0.3,0.7]", "selected_classes=[8,9,3]", "model.skip_first_layers=1"]
-    reused = job(shared, "reused", ratios[0], WITHOUT_RETRAINING, f"pruning.scores_path={path}")
+    reused = job(shared, "reused", ratios, WITHOUT_RETRAINING, f"pruning.scores_path={path}")
     assert (shared / "reused" / "selections.json").read_bytes() == (shared / "anew" / "selections.json").read_bytes()
     assert [record.accuracy_per_class for record in reused] == [record.accuracy_per_class for record in anew]
     # What scoring cost is what it cost when it was done, and the scores go on from run to run.
     assert {record.scoring_seconds for record in reused[1:]} == {first[1].scoring_seconds}
     kept = shared / "reused" / "scores.npz"
-    job(shared, "again reused", *ratios, WITHOUT_RETRAINING, f"pruning.scores_path={kept}")
+    others = ["selected_classes=[8,9,3]", "model.skip_first_layers=1"]  # shape the use of the scores, not the scores
+    job(shared, "again reused", ratios, *others, WITHOUT_RETRAINING, f"pruning.scores_path={kept}")
     skipped = read_json(shared / "again reused" / "selections.json")
     assert [set(entry["filters_removed"]) for entry in skipped[1:]] == [
         set(entry["filters_removed"]) - {"conv1"} for entry in read_json(shared / "anew" / "selections.json")[1:]
@@ -223,7 +221,7 @@ def run_cifar10(tmp_path: Path, model: str):
         "pruning.pruning_ratio=[0.85]",
         "selected_classes=[0,1,2]",
         "num_pruning_samples=6",
-        "training.retrain_after_pruning=false",
+        WITHOUT_RETRAINING,
         "device=cpu",
         "latency.repeats=2",
         f"hydra.run.dir={tmp_path / 'run'}",
@@ -238,7 +236,7 @@ def run_cifar10(tmp_path: Path, model: str):
 def test_a_sweep_goes_on_after_a_job_that_fails(first, shared, tmp_path):
     """The dataset of the first job is not where it should be; the second needs no files."""
     places = [f"cache_dir={shared / 'cache'}", f"hydra.sweep.dir={tmp_path}", f"dataset.root={tmp_path}/none"]
-    sweep = ["training.retrain_after_pruning=false", "dataset=cifar10,digits"]
+    sweep = [WITHOUT_RETRAINING, "dataset=cifar10,digits"]
     command = [sys.executable, str(MAIN), "-m", *SMALL, *places, *sweep]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1

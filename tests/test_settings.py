@@ -118,3 +118,10 @@ def test_trained_weights_can_replace_training(tmp_path):
 def test_a_scores_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"pruning\.scores_path: \".*/scores\.npz\"; no such file"):
         checked(f"pruning.scores_path={tmp_path / 'scores.npz'}")
+
+
+def test_what_training_a_dataset_needs_otherwise_gives_way_to_the_command_line():
+    general, special = checked().training, checked("dataset=fashion_mnist").training
+    assert (special.epochs, special.lr) != (general.epochs, general.lr)
+    assert dataclasses.replace(special, epochs=general.epochs, lr=general.lr) == general
+    assert checked("dataset=fashion_mnist", "training.epochs=3").training == dataclasses.replace(special, epochs=3)

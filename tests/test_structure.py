@@ -137,8 +137,9 @@ def test_an_add_ties_what_a_concatenation_passes_on():
 def test_what_a_batch_norm_would_shift_on_its_way_stays():
     """What is zero before the next block's BatchNorm is not zero behind it, so removing it would not be zeroing it."""
     graph = graph_of(DenseBlock(add=False, norm=nn.BatchNorm2d))
-    assert graph.left_out == {layer: "one.0 would not keep its zeros zero" for layer in ("stem",)} | {
-        "one.2": "two.0 would not keep its zeros zero"
+    assert graph.left_out == {
+        "stem": "one.0 would not keep its zeros zero",
+        "one.2": "two.0 would not keep its zeros zero",
     }
     assert graph.prunable == ("two.2",)
 
