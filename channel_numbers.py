@@ -7,6 +7,7 @@ From where they arrive follows which filters can go, what goes with them, and wh
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,17 @@ class ChannelNumbers(fx.Interpreter):
     Every value is an int64 tensor of the true shape for one image. Operations that only move values (flatten, cat,
     chunk, view, permute) run on the numbers as they are; the others are given by their effect on channels. An operation
     that is not known pins the channels it reads: their filters are left out by name rather than removed on a guess.
+
+    Args:
+        graph: the network.
+        put_back: nodes behind which a convolution's outputs are put back in place, so that what follows reads all.
     """
 
-    def __init__(self, graph: ModelGraph):
+    def __init__(self, graph: ModelGraph, put_back: Collection[str] = ()):
         super().__init__(graph.module)
         self.network = graph
+        self.put_back = put_back
+        self.answers: set[int] = set()  # filter numbers that are the network's output
         self.first: dict[str, int] = {}  # convolution -> number of its filter 0
         self.parent: list[int] = []  # union-find over filter numbers
         self.pinned: dict[int, str] = {}  # filter number -> why it must stay
@@ -87,8 +94,13 @@ class ChannelNumbers(fx.Interpreter):
             return torch.full_like(self.fetch_attr(node.target), FIXED, dtype=torch.int64)
         if node.op == "output":
             for numbers in tensors_in(args):
+                self.answers.update(numbers.unique().tolist())
                 self.pin(numbers, "it is the network's output")
             return args[0]
+        value = self._value(node, args, kwargs)
+        return torch.full_like(value, FIXED) if node.name in self.put_back else value
+
+    def _value(self, node: fx.Node, args: tuple, kwargs: dict):
         module = self.network.module_of(node)
         try:
             if module is not None:
@@ -229,31 +241,59 @@ class ChannelNumbers(fx.Interpreter):
         numbers = [self.first[layer] + index for layer, filters in indices.items() for index in filters]
         return torch.isin(self.roots, self.roots[numbers])
 
-    def groups(self) -> dict[int, set[str]]:
-        """Root of a set of tied filter numbers -> the convolutions whose filters are in it."""
-        groups: dict[int, set[str]] = {}
-        for layer, start in self.first.items():
-            for number in range(start, start + self.network.conv(layer).out_channels):
-                groups.setdefault(self.find(number), set()).add(layer)
-        return groups
+    def numbers_of(self, layer: str) -> range:
+        """The numbers of a convolution's own filters, in their order; none of a depthwise one."""
+        start = self.first.get(layer, 0)
+        return range(start, start + self.network.conv(layer).out_channels if layer in self.first else start)
 
-    def reasons(self) -> dict[str, str]:
-        groups = self.groups()
+    @cached_property
+    def streams(self) -> dict[str, tuple[str, ...]]:
+        """Convolution -> all that share a filter's fate with it, itself among them, in the order of the graph."""
+        lead: dict[str, str] = {}  # union-find over layers, in few steps: few layers are tied
+
+        def find(layer: str) -> str:
+            while lead.setdefault(layer, layer) != layer:
+                layer = lead[layer]
+            return layer
+
+        owners: dict[int, str] = {}
+        for layer in self.first:
+            for number in self.numbers_of(layer):
+                other = owners.setdefault(self.find(number), layer)
+                lead[find(layer)] = find(other)
+        together: dict[str, list[str]] = {}
+        for layer in self.first:
+            together.setdefault(find(layer), []).append(layer)
+        return {layer: tuple(layers) for layers in together.values() for layer in layers}
+
+    def aligned(self, layer: str) -> bool:
+        """Whether each filter of `layer` is tied to exactly one filter of every convolution that it is tied to."""
+        fates = [[self.find(number) for number in self.numbers_of(other)] for other in self.streams[layer]]
+        return all(len(set(fate)) == len(fate) and set(fate) == set(fates[0]) for fate in fates)
+
+    def places(self, lead: str, layer: str) -> Tensor:
+        """int64, for each filter of `lead` the filter of `layer` that is tied to it; the two are aligned."""
+        place = {self.find(number): index for index, number in enumerate(self.numbers_of(layer))}
+        return torch.tensor([place[self.find(number)] for number in self.numbers_of(lead)])
+
+    def reasons(self, tied_together: bool = False) -> dict[str, str]:
+        """Convolution -> why its filters cannot go; with `tied_together`, filters that are tied may all go as one."""
         pinned = {self.find(number): reason for number, reason in self.pinned.items()}
-        reasons = {}
-        for layer in self.network.convs:
-            if layer in self.followers:
-                reasons[layer] = self.followers[layer]
-                continue
-            start = self.first[layer]
-            for root in {self.find(n) for n in range(start, start + self.network.conv(layer).out_channels)}:
-                if root in pinned:
-                    reasons[layer] = pinned[root]
-                elif groups[root] != {layer}:
-                    others = sorted(groups[root] - {layer})
-                    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-                    reasons[layer] = f"on a residual stream: tied to {others[0]}{more}"
-        return reasons
+        reasons = dict(self.followers)
+        for layer in self.first:
+            fates = [self.find(number) for number in self.numbers_of(layer)]
+            own = [self.pinned[number] for number in self.numbers_of(layer) if number in self.pinned]
+            held = own or [f"tied to filters that stay: {pinned[fate]}" for fate in fates if fate in pinned]
+            others = [other for other in self.streams[layer] if other != layer]
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            if held:
+                reasons[layer] = held[0]
+            elif not self.aligned(layer):
+                with_whom = f" of {others[0]}{more}" if others else ""
+                reasons[layer] = f"its filters are tied to each other or to a part of the filters{with_whom}"
+            elif others and not tied_together:
+                reasons[layer] = f"on a residual stream: tied to {others[0]}{more}"
+        return {layer: reasons[layer] for layer in self.network.convs if layer in reasons}
 
 
 def tensors_in(values) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from cache import DenseModel
 from data_factory import DataLoaderFactory
 from filter_selection import FilterIndices
-from helpers import derive_seed, share_of
+from helpers import derive_seed
 from metrics import Measurement, measure_inference_time_and_accuracy
 from models import replace_head
 from pruner import Pruner
@@ -54,7 +54,7 @@ class Experiment:
         self.device = device
         self.path = run_dir / "records.jsonl"
         self.left_out = left_out = selector.left_out(graph)
-        self.exact = selector.criterion.exact
+        self.selector = selector
         self.dense = dense
         self.graph = graph
         self.loaders = factory.get_subset_dataloaders()
@@ -74,6 +74,10 @@ class Experiment:
             "class_names": [settings.class_names[index] for index in settings.selected_classes],
             "filters_prunable": self.prunable,
             "filters_total": sum(self.widths.values()),
+            "pruner": settings.pruning.pruner,
+            "residual": settings.pruning.residual,
+            "min_filters": settings.pruning.min_filters,
+            "round_to": settings.pruning.round_to,
             "widths_dense": self.widths,
             "layers_left_out": [layer for layer in graph.convs if layer in left_out],
             "training_seconds": dense.training_seconds,
@@ -98,12 +102,12 @@ class Experiment:
         """Remove, measure, and, where the configuration asks for it, retrain and measure again."""
         removed = sum(map(len, indices.values()))
         log.info("Ratio %g: removing %d of %d prunable filters ...", ratio, removed, self.prunable)
-        notes = self._shortfall(ratio, indices)
+        notes = list(filter(None, [self.selector.shortfall(self.graph, ratio, indices)]))
         start = time.perf_counter()
-        pruned = pruner.prune(indices)  # with its proof against masking: that is what a removal costs here
+        pruned, difference = pruner.prune_and_prove(indices)  # the proof is a part of what a removal costs here
         if self.settings.replace_last_layer:
             pruned = replace_head(pruned, self.settings.selected_classes)
-        costs = {"removal_seconds": time.perf_counter() - start}
+        costs = {"removal_seconds": time.perf_counter() - start, "difference_from_masked": difference}
         common = {"ratio": ratio, "indices": indices, "head": self._head()}
         self._record(pruned, self._measure(pruned), stage="pruned", notes=notes, **common, **costs)
         if self.settings.training.retrain_after_pruning:
@@ -136,22 +140,6 @@ class Experiment:
             repeats=self.settings.latency.repeats,
             warmup=self.settings.latency.warmup,
         )
-
-    def _shortfall(self, ratio: float, indices: FilterIndices) -> list[str]:
-        """What a reader must know when fewer filters go than the ratio asks for.
-
-        A method that is not exact (OCAP's union) achieves less by its nature, and the achieved ratio says how much;
-        only where it removes nothing at all is that worth a warning.
-        """
-        widths = [width for layer, width in self.widths.items() if layer not in self.left_out]
-        by_layer = self.settings.pruning.pruning_scope == "layer"
-        asked = sum(share_of(ratio, width) for width in widths) if by_layer else share_of(ratio, sum(widths))
-        removed = sum(map(len, indices.values()))
-        if removed >= asked or (removed and not self.exact):
-            return []
-        floor = f"pruning.min_filters={self.settings.pruning.min_filters} stay in each layer"
-        reason = floor if self.exact else "the images agree on no filter"
-        return [f"{removed} filters go at ratio {ratio:g}, which asks for {asked}: {reason}"]
 
     def _record(
         self,
@@ -195,10 +183,10 @@ class Experiment:
             latency_ms_p95=measured.latency.p95_ms,
             latency_batch_size=measured.latency.batch_size,
             scoring_seconds=None if stage == "dense" else self.scoring_seconds,
+            filters_chosen_per_layer={layer: len(filters) for layer, filters in indices.items() if filters},
             filters_kept_per_layer={layer: model.get_submodule(layer).out_channels for layer in self.widths},
             warnings=[*self.factory.warnings, *(notes or []), *measured.warnings],
             **costs,
         )
         append_record(self.path, record)
         self.records.append(record)
-

@@ -62,7 +62,7 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
         settings.dataset.name, train.num_images, validation.num_images, test.num_images,
     )  # fmt: skip
     dense = dense_model(settings, factory, device)
-    graph = ModelGraph(dense.model, factory.input_shape)
+    graph = ModelGraph(dense.model, factory.input_shape, settings.pruning.residual)
     experiment = Experiment(settings, factory, device, run_dir, selector, dense, graph)
 
     scores, experiment.scoring_seconds = obtain_scores(settings, selector, graph, factory, run_dir)

@@ -17,6 +17,7 @@ from channel_numbers import FIXED
 from errors import BenchmarkError, ConfigError
 from filter_selection.base import FilterIndices
 from helpers import evaluating
+from scatter import put_back
 from structure import ModelGraph, dependency_graph
 
 # Of the largest output: what float32 rounding leaves of two equal networks, with room for the deepest.
@@ -43,18 +44,27 @@ class Pruner(ABC):
         Raises:
             BenchmarkError: indices that cannot be removed (nothing is changed), or a result that is not what was asked.
         """
+        return self.prune_and_prove(indices)[0]
+
+    def prune_and_prove(self, indices: FilterIndices) -> tuple[nn.Module, float]:
+        """As `prune`, and by how much the outputs differ from the masked network's, as a share of the largest one."""
         self._check(indices)
         pruned = copy.deepcopy(self.graph.model).eval()
-        if any(indices.values()):
-            self._remove(pruned, indices)
-            self._verify(pruned, indices)
-        return pruned
+        if not any(indices.values()):
+            return pruned, 0.0
+        self._remove(pruned, indices)
+        return pruned, self._verify(pruned, indices)
 
     def _check(self, indices: FilterIndices) -> None:
         for layer, filters in indices.items():
             if layer not in self.graph.convs:
+                idle = isinstance(dict(self.graph.model.named_modules()).get(layer), nn.Conv2d)
+                reason = "never runs" if idle else "is not a convolution of this network"
+                raise BenchmarkError(f"{layer}: {reason}; those that run are {', '.join(self.graph.convs[:3])}, ...")
+            if filters and not all(parameter.requires_grad for parameter in self.graph.conv(layer).parameters()):
                 raise BenchmarkError(
-                    f"{layer}: is not a convolution of this network; it has {', '.join(self.graph.convs[:3])}, ..."
+                    f"{layer}: is frozen (requires_grad=False) and stays as it is; leave it out, or free it with "
+                    "requires_grad_(True)"
                 )
             if filters and layer in self.graph.left_out:
                 reason = self.graph.left_out[layer]
@@ -67,8 +77,17 @@ class Pruner(ABC):
                 raise BenchmarkError(f"{layer}: its indices are not sorted and unique: {list(filters)[:8]}")
             if len(filters) == width:
                 raise BenchmarkError(f"{layer}: all {width} filters are to go; at least one must stay")
+        channels = self.graph.channels
+        gone = channels.gone_with(indices)
+        for layer in channels.first:
+            left = set(channels.numbers_of(layer)[index] for index in indices.get(layer, ()))
+            if tied := [number for number in channels.numbers_of(layer) if gone[number] and number not in left]:
+                raise BenchmarkError(
+                    f"{layer}: its filter {tied[0] - channels.first[layer]} is tied to one that is to go, and has to "
+                    f"go with it; the layers tied together are {', '.join(self.graph.streams[layer])}"
+                )
 
-    def _verify(self, pruned: nn.Module, indices: FilterIndices) -> None:
+    def _verify(self, pruned: nn.Module, indices: FilterIndices) -> float:
         followers = self.graph.followers
         for layer in self.graph.convs:
             before, after = self.graph.conv(layer).out_channels, pruned.get_submodule(layer).out_channels
@@ -88,6 +107,7 @@ class Pruner(ABC):
                 f"pruned network: its outputs differ from the masked dense network's by {difference:.1e} of their size "
                 f"(at most {EQUAL_WITHIN:.0e} is rounding); the removal is wrong and its figures would be too"
             )
+        return difference
 
 
 class MaskedForward(fx.Interpreter):
@@ -120,12 +140,18 @@ def staying(numbers: Tensor, gone: Tensor) -> Tensor:
 class DepGraphPruner(Pruner):
     """Removal by the dependency graph of torch-pruning (Fang et al., DepGraph, CVPR 2023)."""
 
+    def __init__(self, graph: ModelGraph):
+        if graph.residual == "scatter":
+            raise ConfigError("pruning.residual: scatter; only pruning.pruner=structure puts outputs back in place")
+        super().__init__(graph)
+
     def _remove(self, model: nn.Module, indices: FilterIndices) -> None:
         trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(True)  # the library finds dependencies along gradient functions
         dependencies = dependency_graph(model, self.graph.input_shape)
         for layer, filters in indices.items():
-            if not filters:
+            lead = next(tied for tied in self.graph.streams[layer] if tied in indices)
+            if not filters or layer != lead:  # the library removes all that is tied at once
                 continue
             group = dependencies.get_pruning_group(
                 model.get_submodule(layer), torch_pruning.prune_conv_out_channels, idxs=list(filters)
@@ -159,6 +185,13 @@ class StructurePruner(Pruner):
                 for name in ("weight", "bias", "running_mean", "running_var"):
                     _slice(layer, name, read)
                 layer.num_features = len(read)
+        nodes = {node.name: node for node in self.graph.module.graph.nodes}
+        for layer, place in self.graph.put_back.items():
+            if indices.get(layer):
+                stays = staying(numbers.outputs[layer], gone)
+                made = torch.cumsum(stays, 0) - 1
+                sources = torch.where(stays, made, int(stays.sum()))
+                put_back(model.get_submodule(nodes[place].target), sources.to(next(model.parameters()).device))
 
 
 def _slice_conv(conv: nn.Conv2d, made: Tensor, read: Tensor) -> None:

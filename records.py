@@ -23,7 +23,7 @@ from errors import BenchmarkError
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1  # raised when a field of Record changes its meaning or its name
+SCHEMA = 2  # raised when a field of Record changes its meaning or its name
 STAGES = ("dense", "pruned", "retrained")
 HEADS = ("all", "selected")
 
@@ -58,6 +58,10 @@ class Record:
     filters_removed: int
     filters_prunable: int
     filters_total: int
+    pruner: str  # depgraph | structure
+    residual: str  # skip | coupled | scatter: what became of filters that a residual add holds in place
+    min_filters: int  # so many stay in every layer
+    round_to: int  # a layer that loses filters keeps a multiple of so many
     accuracy: float
     accuracy_all_classes: float | None = None  # on the test images of all classes; dense model with all logits only
     worst_class_accuracy: float
@@ -76,7 +80,9 @@ class Record:
     removal_seconds: float | None = None
     retraining_seconds: float | None = None
     training_seconds: float | None = None  # of the dense model, when it was trained: in this run or an earlier one
-    filters_kept_per_layer: dict[str, int]
+    filters_chosen_per_layer: dict[str, int]  # to be removed, layers that keep all left out
+    filters_kept_per_layer: dict[str, int]  # as counted in the network that was measured
+    difference_from_masked: float | None = None  # largest, of the outputs, as a share of the largest output
     widths_dense: dict[str, int]  # filters of each layer before pruning, in the order of the network
     layers_left_out: tuple[str, ...] = ()  # layers of widths_dense that no filter was selected from, whatever the ratio
     warnings: tuple[str, ...] = ()
@@ -175,6 +181,10 @@ def _check_filters(record: Record) -> None:
     # Layers that are coupled lose their filters together, so more can go than were selected, never fewer.
     gone = sum(dense.values()) - sum(kept.values())
     _require(removed <= gone, f"filters_removed: {removed}; the layers have lost only {gone}")
+    chosen = record.filters_chosen_per_layer
+    _require(sum(chosen.values()) == removed, f"filters_chosen_per_layer: {sum(chosen.values())} in all, not {removed}")
+    kept_on = [name for name, count in chosen.items() if count != dense.get(name, 0) - kept.get(name, 0)]
+    _require(not kept_on, f"filters_chosen_per_layer: {kept_on} have not lost as many")
     _require(record.stage != "dense" or gone == 0, f"stage dense: {gone} filters are missing")
     _require(set(record.layers_left_out) <= dense.keys(), "layers_left_out: a layer that widths_dense does not name")
 
@@ -200,7 +210,7 @@ def _check_costs(record: Record) -> None:
         _require(getattr(record, name) > 0, f"{name}: {getattr(record, name)}; above 0 is needed")
     _require(record.macs is not None or record.macs_ratio is None, "macs_ratio: without macs there is none")
     seconds = ("scoring_seconds", "removal_seconds", "retraining_seconds", "training_seconds")
-    for name in ("macs", "macs_ratio", *seconds):
+    for name in ("macs", "macs_ratio", "difference_from_masked", *seconds):
         value = getattr(record, name)
         _require(value is None or value >= 0, f"{name}: {value}; 0 or more is needed")
     slow, median = record.latency_ms_p95, record.latency_ms_median

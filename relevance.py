@@ -29,7 +29,7 @@ from relevance_rules import (
     folded,
     whole,
 )
-from structure import ModelGraph
+from structure import ModelGraph, readers_of
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 RELU_CALLS = {F.relu: F.relu, torch.relu: F.relu, "relu": F.relu, "relu_": F.relu, F.relu6: F.relu6}
@@ -38,7 +38,6 @@ AVERAGE_CALLS = {F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, "mean"}
 # Each output is one of the inputs, so that the operation's own gradient moves relevance as it should.
 CHOICES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 CHOICE_CALLS = RESHAPES | {F.max_pool2d, F.adaptive_max_pool2d}
-IN_PLACE_CALLS = {"relu_", "add_", "mul_", "iadd", "imul"}
 SUPPORTED = (
     "convolution, BatchNorm, ReLU, ReLU6, LeakyReLU, max and average pooling, linear, dropout, residual add, "
     "concatenation and reshapes"
@@ -106,19 +105,11 @@ class RelevancePass(fx.Interpreter):
             # A clone, since the images may have been made in inference mode.
             return value if node.op == "output" else self._end_here(value.clone())
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        value = self.steps[node](*args, **kwargs)
-        if self._is_in_place(node):
-            self.env[node.args[0]] = value  # whoever reads the operand from here on sees it changed
-        return value
+        return self.steps[node](*args, **kwargs)
 
     def _end_here(self, value: Tensor) -> Tensor:
         self.leaves.append(value.detach().requires_grad_())
         return self.leaves[-1]
-
-    def _is_in_place(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return getattr(self.network.module_of(node), "inplace", False)
-        return node.kwargs.get("inplace", False) or name_of(node.target) in IN_PLACE_CALLS
 
     def _find_carriers(self) -> set[fx.Node]:
         """The nodes that relevance passes: on a way to the output from a layer that is read, or from the pixels."""
@@ -130,7 +121,7 @@ class RelevancePass(fx.Interpreter):
                 f"{type(self.network.model).__name__}: relevance starts at logits [N, K], its output is no such tensor"
             )
         for node in reversed(nodes):
-            if node.op == "output" or any(user in needed for user in node.users):
+            if node.op == "output" or ("tensor_meta" in node.meta and any(user in needed for user in node.users)):
                 needed.add(node)
         for node in nodes:
             starts = node in self.read or (self.to_pixels and node.op == "placeholder")
@@ -146,7 +137,8 @@ class RelevancePass(fx.Interpreter):
         """Convolution -> the BatchNorm that is its only reader."""
         norms = {}
         for node in self.network.conv_nodes.values():
-            norm = self.network.module_of(next(iter(node.users))) if len(node.users) == 1 else None
+            readers = readers_of(node)
+            norm = self.network.module_of(readers[0]) if len(readers) == 1 else None
             if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
                 norms[node] = norm
         return norms

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,9 @@ from structure import ModelGraph
 log = logging.getLogger(__name__)
 
 KEY = "pruning.scores_path"
+VERSION = 1  # raised when a formula changes, so that scores of the old one are not taken for those of the new
+NUMBERS = (torch.float32, torch.float64, torch.int64)
+NO_SCORES = torch.empty(0)
 FACTS = "facts.json"  # no name of a layer: it would have to be a module called `json` in one called `facts`
 
 
@@ -61,7 +63,8 @@ def shaping_facts(settings: Any, selector: PruningSelection, graph: ModelGraph, 
     Neither the ratios, the scope and the floor, which come after the scores, nor the order of `selected_classes`.
     """
     pruning = settings.pruning
-    facts = {"pruning.name": pruning.name, **{f"pruning.{key}": value for key, value in pruning.options.items()}}
+    facts = {"version": VERSION, "pruning.name": pruning.name}
+    facts |= {f"pruning.{key}": value for key, value in pruning.options.items()}
     facts |= {"seed": settings.seed, "model.name": settings.model.name, "weights (sha256)": weights_digest(graph.model)}
     if selector.criterion.needs_data:
         facts |= {
@@ -101,8 +104,11 @@ def load_scores(path: str | Path) -> tuple[Scores, dict[str, Any]]:
             facts = json.loads(str(arrays[FACTS]))
             scores = {layer: torch.from_numpy(arrays[layer]) for layer in arrays.files if layer != FACTS}
         facts["scoring_seconds"] = float(facts["scoring_seconds"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        numbers = all(values.dtype in NUMBERS for values in scores.values())
+    except Exception as error:  # numpy and zipfile raise a dozen types on damaged and foreign files
         raise ConfigError(f"{KEY}: {path}; is not the scores.npz of a run, or is damaged") from error
+    if not numbers:
+        raise ConfigError(f"{KEY}: {path}; is not the scores.npz of a run, its arrays are of another type")
     return scores, facts
 
 
@@ -114,12 +120,15 @@ def _fitting(scores: Scores, made_with: dict, wanted: dict, widths: dict[str, in
                 f"{KEY}: {path}; was made with {fact}={_told(made_with, fact)}, this run has {_told(wanted, fact)}; "
                 f"leave {KEY} out to score anew"
             )
-    missing = [layer for layer in widths if len(scores.get(layer, ())) != widths[layer]]
+    missing = [layer for layer in widths if scores.get(layer, NO_SCORES).shape[:1] != (widths[layer],)]
     if missing:
         raise ConfigError(
             f"{KEY}: {path}; has no scores of {missing[0]}, which this run prunes; was it made with another "
             "model.skip_first_layers?"
         )
+    for layer in widths:
+        if not scores[layer].isfinite().all():
+            raise ConfigError(f"{KEY}: {path}; scores of {layer} are not finite; leave {KEY} out to score anew")
     return {layer: scores[layer] for layer in widths}
 
 

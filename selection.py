@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from errors import ConfigError
 from filter_selection import Criterion, FilterIndices, Scores, get_criterion
 from filter_selection.base import Batches
+from helpers import share_of
 from structure import ModelGraph
 
 
@@ -23,9 +24,11 @@ class PruningSelection:
         scope: `layer` or `global`, see `Criterion.select`.
         skip_first_layers: the first N convolutions, in the order of the graph, are never selected.
         min_filters: filters that stay in every layer, at least one.
+        round_to: a layer that loses filters keeps a multiple of so many, or all; the best of those chosen stay.
+        coupled_scores: `mean`, `sum` or `max` of the scores of filters that go together (`coupled` networks).
 
     Raises:
-        ConfigError: a scope that the method does not have.
+        ConfigError: a scope or a combination that the method does not have, or a number below 1.
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class PruningSelection:
         scope: str = "layer",
         skip_first_layers: int = 0,
         min_filters: int = 1,
+        round_to: int = 1,
+        coupled_scores: str = "mean",
     ):
         if scope not in criterion.scopes:
             raise ConfigError(
@@ -46,6 +51,13 @@ class PruningSelection:
             )
         if min_filters < 1:
             raise ConfigError(f"pruning.min_filters: {min_filters} would empty a layer; valid: 1 or more")
+        if round_to < 1:
+            raise ConfigError(f"pruning.round_to: {round_to}; valid: 1 or more")
+        if coupled_scores not in criterion.combinations:
+            raise ConfigError(
+                f"pruning.coupled_scores: {coupled_scores!r} of its scores says nothing to {criterion.name}; "
+                f"valid: {', '.join(criterion.combinations)}"
+            )
         self.criterion = criterion
         self.ratios = tuple(ratios)
         self.input_shape = input_shape
@@ -53,13 +65,21 @@ class PruningSelection:
         self.scope = scope
         self.skip_first_layers = skip_first_layers
         self.min_filters = min_filters
+        self.round_to = round_to
+        self.coupled_scores = coupled_scores
 
     def left_out(self, graph: ModelGraph) -> dict[str, str]:
         """Convolutions that are never pruned -> the reason."""
         first = dict.fromkeys(
             graph.convs[: self.skip_first_layers], f"among the first {self.skip_first_layers} (model.skip_first_layers)"
         )
-        return first | graph.left_out
+        left_out = first | graph.left_out
+        tied = {
+            layer: f"tied to {held[0]}, which is left out"
+            for layer in graph.convs
+            if layer not in left_out and (held := [other for other in graph.streams[layer] if other in left_out])
+        }
+        return left_out | tied
 
     def layers(self, graph: ModelGraph) -> tuple[str, ...]:
         """Convolutions that may be pruned, in the order of the graph.
@@ -88,20 +108,82 @@ class PruningSelection:
         Raises:
             ConfigError: a ratio above 0 removes nothing, with a method that removes as many as it is asked to.
         """
+        graph = self._graph(model)
         if scores is None:
-            scores = self.score(model)
-        chosen = {
-            ratio: self.criterion.select(scores, ratio, self.scope, self.min_filters) if ratio else {}
-            for ratio in self.ratios
-        }
+            scores = self.score(graph)
+        choices = self._combined(graph, scores)
+        chosen = {ratio: self._chosen(graph, choices, ratio) if ratio else {} for ratio in self.ratios}
         empty = [ratio for ratio, indices in chosen.items() if ratio and not indices]
         if empty and self.criterion.exact:
             widest = max(map(len, scores.values()))
             raise ConfigError(
                 f"pruning.pruning_ratio: {empty[0]} removes no filter, the widest layer has {widest} of which "
-                f"pruning.min_filters={self.min_filters} stay; give a larger ratio"
+                f"{self._floor()} stay; give a larger ratio"
             )
         return chosen
+
+    def shortfall(self, graph: ModelGraph, ratio: float, indices: FilterIndices) -> str | None:
+        """What a reader must know when fewer filters go than the ratio asks for, else None.
+
+        Filters that go together count once. A method that is not exact (OCAP's union) achieves less by its nature, and
+        the achieved ratio says how much; only where it removes nothing at all is that worth a word.
+        """
+        leads = [layer for layer in self.layers(graph) if self._lead(graph, layer) == layer]
+        widths = [graph.conv(layer).out_channels for layer in leads]
+        pools = widths if self.scope == "layer" else [sum(widths)]
+        asked = sum(share_of(ratio, pool) for pool in pools)
+        removed = sum(len(indices.get(layer, ())) for layer in leads)
+        if removed >= asked or (removed and not self.criterion.exact):
+            return None
+        reason = f"{self._floor()} stay" if self.criterion.exact else "the images agree on no filter"
+        return f"{removed} filters go at ratio {ratio:g}, which asks for {asked}: {reason}"
+
+    def _floor(self) -> str:
+        multiple = f" and a multiple of pruning.round_to={self.round_to}" if self.round_to > 1 else ""
+        return f"pruning.min_filters={self.min_filters}{multiple}"
+
+    @staticmethod
+    def _lead(graph: ModelGraph, layer: str) -> str:
+        """The layer that stands for all whose filters go together."""
+        return graph.streams[layer][0] if graph.residual == "coupled" else layer
+
+    def _combined(self, graph: ModelGraph, scores: Scores) -> Scores:
+        """The scores of what is chosen as one: filters that go together have one value, under their first layer."""
+        together: dict[str, list[Tensor]] = {}
+        for layer, values in scores.items():
+            lead = self._lead(graph, layer)
+            together.setdefault(lead, []).append(
+                values if lead == layer else values[graph.channels.places(lead, layer)]
+            )
+        return {
+            lead: self.criterion.combine(values, self.coupled_scores) if len(values) > 1 else values[0]
+            for lead, values in together.items()
+        }
+
+    def _chosen(self, graph: ModelGraph, choices: Scores, ratio: float) -> FilterIndices:
+        chosen = self.criterion.select(choices, ratio, self.scope, self.min_filters)
+        if self.round_to > 1:
+            chosen = self._rounded(chosen, choices, ratio)
+        if graph.residual != "coupled":
+            return chosen
+        spread = {}
+        for layer in self.layers(graph):
+            lead = self._lead(graph, layer)
+            if lead in chosen:
+                spread[layer] = sorted(graph.channels.places(lead, layer)[chosen[lead]].tolist())
+        return spread
+
+    def _rounded(self, chosen: FilterIndices, choices: Scores, ratio: float) -> FilterIndices:
+        """Fewer filters, so that each layer keeps a multiple of `round_to` or all; the lowest ranks still go."""
+        rounded = {}
+        for layer, filters in chosen.items():
+            width = len(choices[layer])
+            kept = -(-(width - len(filters)) // self.round_to) * self.round_to
+            rank = self.criterion.ranks(layer, choices[layer], ratio, self.min_filters)
+            removed = sorted(filters, key=lambda index: (rank[index], index))[: max(width - kept, 0)]
+            if removed:
+                rounded[layer] = sorted(removed)
+        return rounded
 
     def _graph(self, model: nn.Module | ModelGraph) -> ModelGraph:
         return model if isinstance(model, ModelGraph) else ModelGraph(model, self.input_shape)
@@ -124,4 +206,6 @@ def get_selector(settings, factory) -> PruningSelection:
         scope=pruning.pruning_scope,
         skip_first_layers=settings.model.skip_first_layers,
         min_filters=pruning.min_filters,
+        round_to=pruning.round_to,
+        coupled_scores=pruning.coupled_scores,
     )

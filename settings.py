@@ -7,7 +7,7 @@ with a certain method or model (`choices`), its own YAML declares; nothing here 
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,7 +75,10 @@ class PruningSettings:
     pruning_scope: Literal["layer", "global"]
     scoring_classes: Literal["selected", "all", "complement"]
     min_filters: Positive
+    round_to: Positive
     pruner: Literal["depgraph", "structure"]
+    residual: Literal["skip", "coupled", "scatter"]
+    coupled_scores: Literal["mean", "sum", "max"]
     scores_path: Text | None
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's own keys
 
@@ -181,6 +184,12 @@ def declaration(group: str, name: Any) -> dict[str, Any]:
     return _read_declaration(CONFIG_DIR / group / f"{name}.yaml")
 
 
+def method_options(name: str) -> dict[str, Any]:
+    """A pruning method's own keys with the values that `config/pruning/<name>.yaml` gives them."""
+    general = {field.name for field in fields(PruningSettings)} | {"choices"}
+    return {key: value for key, value in declaration("pruning", name).items() if key not in general}
+
+
 @functools.cache
 def _read_declaration(path: Path) -> dict[str, Any]:
     content = OmegaConf.load(path)
@@ -203,6 +212,11 @@ def _refuse_contradictions(settings: Settings) -> None:
     if pruning.scoring_classes == "complement" and len(classes) == len(settings.class_names):
         raise ConfigError(
             'pruning.scoring_classes: "complement"; selected_classes holds every class, which leaves none to score on'
+        )
+    if pruning.residual == "scatter" and pruning.pruner != "structure":
+        raise ConfigError(
+            'pruning.residual: "scatter"; only the structure pruner puts outputs back in place, set '
+            "pruning.pruner=structure"
         )
     if os.path.exists(settings.cache_dir) and not os.path.isdir(settings.cache_dir):
         raise ConfigError(f"cache_dir: {show(settings.cache_dir)}; is a file, give a folder or a name that is free")

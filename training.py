@@ -34,11 +34,11 @@ class FitPlan:
 
     epochs: int
     lr: float
-    weight_decay: float = 0.0
-    optimizer: str = "adamw"
-    momentum: float = 0.9
-    scheduler: str = "cosine"
-    patience: int | None = None
+    weight_decay: float
+    optimizer: str
+    momentum: float
+    scheduler: str
+    patience: int | None
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS or self.scheduler not in SCHEDULES:

@@ -199,6 +199,26 @@ def peak_of_process(*case) -> float:
     return float(answer.stdout.split()[-1])
 
 
+def markdown(path: Path) -> str:
+    """The table of a CSV: a row a method, a column a network and image size; the median ratio with its quartiles."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = list(dict.fromkeys((row["model"], row["size"]) for row in rows))
+    ratios = {
+        (row["method"], row["model"], row["size"]): "{} ({} to {})".format(
+            *(f"{float(row[key]):.2f}" for key in ("ratio_median", "ratio_q1", "ratio_q3"))
+        )
+        for row in rows
+    }
+    passes = {row["method"]: row["pass"] for row in rows}
+    lines = ["| method | bare pass | " + " | ".join(f"{model}, {size}x{size}" for model, size in columns) + " |"]
+    lines.append("|---|---|" + "---|" * len(columns))
+    for method in sorted(passes, key=lambda method: (passes[method], method)):
+        cells = [ratios.get((method, *column), "-") for column in columns]
+        lines.append(f"| `{method}` | {passes[method]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def append(path: Path, row: dict) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:

@@ -83,7 +83,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     setting = f"{options.images} images at 32x32, batches of {options.batch_size}, {options.threads} threads"
     print(f"{setting}, torch {torch.__version__}, {options.repeats} pairs; ratio: median (quartiles)", flush=True)
-    plan = FitPlan(epochs=1, lr=1e-4, optimizer=options.optimizer)
+    plan = FitPlan(1, 1e-4, 5e-4, options.optimizer, momentum=0.9, scheduler="cosine", patience=None)
     slowest = 0.0
     for name in options.models:
         model = get_model(name, CLASSES)

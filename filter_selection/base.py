@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from errors import BenchmarkError, ConfigError
 from helpers import Batches, evaluating, share_of
+from settings import method_options
 from structure import ModelGraph, Tap
 
 Scores = dict[str, Tensor]
@@ -38,10 +39,10 @@ def register(name: str) -> Callable[[type[Criterion]], type[Criterion]]:
 
 
 def get_criterion(name: str, options: dict | None = None, *, seed: int = 0) -> Criterion:
-    """The criterion registered as `name`, with its own options from `config/pruning/<name>.yaml`."""
+    """The criterion registered as `name`; its own options that are not given are as in `config/pruning/<name>.yaml`."""
     if name not in REGISTRY:
         raise ConfigError(f"pruning.name: {name!r} is not a method; valid: {', '.join(sorted(REGISTRY))}")
-    return REGISTRY[name](seed=seed, **(options or {}))
+    return REGISTRY[name](seed=seed, **method_options(name) | (options or {}))
 
 
 class Criterion(ABC):
@@ -53,6 +54,7 @@ class Criterion(ABC):
         scopes: the rankings it allows, `layer` (within each) and `global` (over all layers together).
         nested: whether what goes at one ratio also goes at every higher one.
         exact: whether as many filters go as the ratio says; if not, the achieved ratio is an outcome.
+        combinations: the ways in which scores of filters that go together become one.
     """
 
     name: ClassVar[str]
@@ -61,6 +63,7 @@ class Criterion(ABC):
     scopes: ClassVar[tuple[str, ...]] = ("layer", "global")
     nested: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    combinations: ClassVar[tuple[str, ...]] = ("mean", "sum", "max")
 
     def __init__(self, *, seed: int = 0):
         self.seed = seed
@@ -101,6 +104,25 @@ class Criterion(ABC):
         if scope == "layer":
             return lowest_per_layer(scores, ratio, min_filters)
         return lowest_overall(scores, ratio, min_filters)
+
+    def combine(self, values: Sequence[Tensor], how: str) -> Tensor:
+        """One score for filters that go together, from the scores [C] that each of their layers gives them.
+
+        Each layer's are divided by their mean size, so that no layer speaks louder than another, combined, and brought
+        back to the layers' mean size, so that a global ranking still compares them with those of other layers.
+        """
+        together = torch.stack([layer.double() for layer in values])
+        sizes = together.abs().mean(dim=1, keepdim=True)
+        return combined(together / sizes.where(sizes > 0, 1), how) * sizes.mean()
+
+    def ranks(self, layer: str, values: Tensor, ratio: float, min_filters: int) -> Tensor:
+        """[C]: the lower, the earlier a filter of this layer goes at this ratio; ties by index."""
+        return values
+
+
+def combined(values: Tensor, how: str) -> Tensor:
+    """[layers, ...] -> [...]: their mean, sum or max."""
+    return {"mean": values.mean, "sum": values.sum, "max": values.amax}[how](dim=0)
 
 
 class ResponseCriterion(Criterion):

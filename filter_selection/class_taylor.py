@@ -18,7 +18,7 @@ from filter_selection.gradients import GradientCriterion
 class ClassTaylor(GradientCriterion):
     class_aware = True
 
-    def __init__(self, *, threshold: float = 1e-50, seed: int = 0):
+    def __init__(self, *, threshold: float, seed: int = 0):
         super().__init__(seed=seed)
         if threshold < 0:
             raise ConfigError(f"pruning.threshold: {threshold} is exceeded everywhere; valid: 0 or more")

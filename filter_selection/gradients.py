@@ -6,8 +6,6 @@ gradients begins at the first tap, and each gradient is consumed and freed as so
 
 from __future__ import annotations
 
-import copy
-import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +16,11 @@ from torch import Tensor, fx, nn
 
 from errors import BenchmarkError
 from filter_selection.base import Batches, Criterion, Scores, Signal, progress
+from in_place import Unchanging
 from structure import ModelGraph, Tap
 
 Observe = Callable[[str, Tensor, Tensor, Tensor], None]
 """(layer, what was read at its tap, gradient of the loss at the tap, labels), for each batch and layer."""
-
-IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
 class GradientCriterion(Criterion):
@@ -80,18 +77,16 @@ def gradient_pass(
     return images_seen
 
 
-class GradientRunner(fx.Interpreter):
+class GradientRunner(Unchanging):
     """Runs a network node by node and leaves at each tap a hook on the tensor, never on the network.
 
-    In-place operations run out of place: a response keeps its value until the backward pass comes to read it.
+    Nothing runs in place: a response keeps its value until the backward pass comes to read it.
     """
 
     def __init__(self, graph: ModelGraph, taps: Sequence[Tap], observe: Observe, signal: Signal, read_input: bool):
         super().__init__(graph.module)
-        self.extra_traceback = False
         self.layers = {tap.node: tap.layer for tap in taps}
         self.observe, self.signal, self.read_input = observe, signal, read_input
-        self.spared: dict[str, nn.Module] = {}  # in-place module -> its copy that is not
         self.labels = torch.empty(0)
 
     def pass_batch(self, images: Tensor, labels: Tensor) -> None:
@@ -120,32 +115,6 @@ class GradientRunner(fx.Interpreter):
             self.observe(layer, read, gradient, labels)
 
         return consume
-
-    def call_module(self, target, args: tuple, kwargs: dict):
-        module = self.fetch_attr(target)
-        if not getattr(module, "inplace", False):
-            return super().call_module(target, args, kwargs)
-        if target not in self.spared:
-            self.spared[target] = copy.copy(module)
-            self.spared[target].inplace = False
-        return self.spared[target](*args, **kwargs)
-
-    def call_function(self, target, args: tuple, kwargs: dict):
-        name = getattr(target, "__name__", "")
-        if kwargs.get("inplace"):
-            kwargs = {**kwargs, "inplace": False}
-        elif target in IN_PLACE_OPERATORS or name.endswith("_"):
-            args = _with_copy_of_first(args)
-        return super().call_function(target, args, kwargs)
-
-    def call_method(self, target, args: tuple, kwargs: dict):
-        if target.endswith("_"):
-            args = _with_copy_of_first(args)
-        return super().call_method(target, args, kwargs)
-
-
-def _with_copy_of_first(args: tuple) -> tuple:
-    return (args[0].clone(), *args[1:]) if args and isinstance(args[0], Tensor) else args
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from structure import ModelGraph
 class LnStructured(Criterion):
     needs_data = False
 
-    def __init__(self, *, norm: int = 1, seed: int = 0):
+    def __init__(self, *, norm: int, seed: int = 0):
         super().__init__(seed=seed)
         if norm not in (1, 2):
             raise ConfigError(f"pruning.norm: {norm!r} is unknown; valid: 1, 2")

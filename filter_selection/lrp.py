@@ -39,13 +39,13 @@ class LRP(Criterion):
     def __init__(
         self,
         *,
-        conv_rule: str = "alpha1beta0",
-        first_layer: str = "conv",
-        epsilon: float = 1e-6,
-        biases: bool = False,
-        start: str = "one",
-        aggregation: str = "signed",
-        normalisation: str = "layer_sum",
+        conv_rule: str,
+        first_layer: str,
+        epsilon: float,
+        biases: bool,
+        start: str,
+        aggregation: str,
+        normalisation: str,
         seed: int = 0,
     ):
         super().__init__(seed=seed)

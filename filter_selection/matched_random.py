@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from errors import ConfigError
 from filter_selection.base import REGISTRY, Batches, Criterion, FilterIndices, Scores, get_criterion, register
 from helpers import generator
 from schema import convert, kind_of_default
-from settings import PruningSettings, declaration
+from settings import method_options
 from structure import ModelGraph
 
 
@@ -36,9 +35,9 @@ class MatchedRandom(Criterion):
     def __init__(
         self,
         *,
-        match: str = "ocap",
-        match_options: Mapping[str, Any] | Sequence[str] = (),
-        match_selections: str | None = None,
+        match: str,
+        match_options: Mapping[str, Any] | Sequence[str],
+        match_selections: str | None,
         seed: int = 0,
     ):
         super().__init__(seed=seed)
@@ -52,7 +51,7 @@ class MatchedRandom(Criterion):
         if match not in others:
             raise ConfigError(f"pruning.match: {match!r} is no method to be matched; valid: {', '.join(others)}")
         self.matched = get_criterion(match, _options(match, match_options), seed=seed)
-        for fact in ("needs_data", "class_aware", "scopes", "nested", "exact"):
+        for fact in ("needs_data", "class_aware", "scopes", "nested", "exact", "combinations"):
             setattr(self, fact, getattr(self.matched, fact))
 
     def compute(self, graph: ModelGraph, layers: Sequence[str], batches: Batches | None) -> Scores:
@@ -73,6 +72,12 @@ class MatchedRandom(Criterion):
             if count
         }
 
+    def combine(self, values: Sequence[Tensor], how: str) -> Tensor:
+        return super().combine(values, how) if self.matched is None else self.matched.combine(values, how)
+
+    def ranks(self, layer: str, values: Tensor, ratio: float, min_filters: int) -> Tensor:
+        return torch.argsort(self._drawn(layer, len(values)))
+
     def _drawn(self, layer: str, filters: int) -> Tensor:
         """The layer's filters in the order in which they are removed."""
         return torch.randperm(filters, generator=generator(self.seed, f"{self.name}/{layer}"))
@@ -83,7 +88,7 @@ class MatchedRandom(Criterion):
             raise ConfigError(f"{key}; has no ratio {ratio}, it has {', '.join(map(str, self.given))}")
         for layer, count in self.given[ratio].items():
             if layer not in scores:
-                raise ConfigError(f"{key}; removes filters of {layer}, which this run does not prune")
+                raise ConfigError(f"{key}; removes filters of {layer}, which this run does not choose by itself")
             if count > len(scores[layer]) - min_filters:
                 raise ConfigError(
                     f"{key}; removes {count} of the {len(scores[layer])} filters of {layer} at ratio {ratio}, where "
@@ -92,14 +97,8 @@ class MatchedRandom(Criterion):
         return self.given[ratio]
 
 
-def default_options(method: str) -> dict[str, Any]:
-    """A method's own keys with the values that `config/pruning/<method>.yaml` gives them."""
-    general = {field.name for field in fields(PruningSettings)} | {"choices"}
-    return {key: value for key, value in declaration("pruning", method).items() if key not in general}
-
-
 def _options(method: str, given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    defaults = default_options(method)
+    defaults = method_options(method)
     try:
         changed = given if isinstance(given, Mapping) else OmegaConf.to_object(OmegaConf.from_dotlist(list(given)))
     except Exception as error:  # whatever the parser raises

@@ -11,12 +11,14 @@ highest rank an image ever gave it (union), or how often each rank was given (fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from errors import ConfigError
-from filter_selection.base import FilterIndices, ResponseCriterion, Scores, register
+from filter_selection.base import FilterIndices, ResponseCriterion, Scores, combined, register
 from helpers import share_of
 
 
@@ -31,9 +33,9 @@ class OCAP(ResponseCriterion):
     def __init__(
         self,
         *,
-        activation_func: str = "leaky_relu",
-        negative_slope: float = 0.01,
-        aggregation: str = "union",
+        activation_func: str,
+        negative_slope: float,
+        aggregation: str,
         seed: int = 0,
     ):
         super().__init__(seed=seed)
@@ -52,6 +54,8 @@ class OCAP(ResponseCriterion):
         self.aggregation = aggregation
         self.nested = aggregation == "union"  # counts at one ratio say nothing of the counts at another
         self.exact = aggregation == "frequency"
+        if aggregation == "union":
+            self.combinations = ("max", "mean")  # of ranks: the largest still means that every image agrees
 
     def start(self, filters: int) -> Tensor:
         shape = (filters,) if self.aggregation == "union" else (filters, filters)
@@ -71,15 +75,26 @@ class OCAP(ResponseCriterion):
     def select(self, scores: Scores, ratio: float, scope: str = "layer", min_filters: int = 1) -> FilterIndices:
         chosen = {}
         for layer, values in scores.items():
-            filters = len(values)
-            votes = min(share_of(ratio, filters), filters - min_filters)  # removed per image
+            votes = votes_of(len(values), ratio, min_filters)
+            ranks = self.ranks(layer, values, ratio, min_filters)
+            removed = torch.argsort(ranks, stable=True)[:votes]
             if self.aggregation == "union":
-                removed = torch.nonzero(values < votes).flatten()
-            else:
-                removed = torch.argsort(values[:, max(votes, 0)], stable=True)[: max(votes, 0)]
+                removed = removed[ranks[removed] < votes]
             if len(removed):
                 chosen[layer] = sorted(removed.tolist())
         return chosen
+
+    def ranks(self, layer: str, values: Tensor, ratio: float, min_filters: int) -> Tensor:
+        return values if self.aggregation == "union" else values[:, votes_of(len(values), ratio, min_filters)]
+
+    def combine(self, values: Sequence[Tensor], how: str) -> Tensor:
+        """Ranks and counts are of one scale in all layers."""
+        return combined(torch.stack([layer.double() for layer in values]), how)
+
+
+def votes_of(filters: int, ratio: float, min_filters: int) -> int:
+    """How many of a layer's filters each image removes."""
+    return max(min(share_of(ratio, filters), filters - min_filters), 0)
 
 
 def ranks_of(strength: Tensor) -> Tensor:

@@ -13,8 +13,4 @@ from filter_selection.lrp import LRP
 
 @register("pxp")
 class PXP(LRP):
-    """LRP with other defaults, those of `config/pruning/pxp.yaml`."""
-
-    def __init__(self, **options):
-        preset = {"conv_rule": "epsilon", "biases": True, "aggregation": "absolute", "normalisation": "none"}
-        super().__init__(**preset | options)
+    """LRP with the options of `config/pruning/pxp.yaml`."""

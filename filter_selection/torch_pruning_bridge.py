@@ -34,7 +34,7 @@ IMPORTANCES = {
 
 @register("torch_pruning")
 class TorchPruning(Criterion):
-    def __init__(self, *, importance: str = "magnitude", seed: int = 0):
+    def __init__(self, *, importance: str, seed: int = 0):
         super().__init__(seed=seed)
         if importance not in IMPORTANCES:
             raise ConfigError(f"pruning.importance: {importance!r} is unknown; valid: {', '.join(IMPORTANCES)}")

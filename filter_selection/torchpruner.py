@@ -45,19 +45,23 @@ class Sensitivity(GradientCriterion):
 class APoZ(ResponseCriterion):
     name = "torchpruner"
 
+    """Positive responses and all of them are counted, so that filters that fire as often tie whatever the batches."""
+
     def start(self, filters: int) -> Tensor:
-        return torch.zeros(filters, dtype=torch.float64)
+        return torch.zeros((filters, 2), dtype=torch.int64)
 
     def observe(self, state: Tensor, response: Tensor, labels: Tensor) -> Tensor:
-        return state + response.clone().gt_(0).mean(dim=(2, 3)).sum(dim=0)
+        state[:, 0] += response.clone().gt_(0).sum(dim=(2, 3)).long().sum(dim=0)  # below 2^24 an image: exact
+        state[:, 1] += response[:, 0].numel()
+        return state
 
     def finish(self, state: Tensor, images: int) -> Tensor:
-        return state / images
+        return state[:, 0].double() / state[:, 1]
 
 
 @register("torchpruner")
 class TorchPruner(Criterion):
-    def __init__(self, *, attribution: str = "taylor", signed: bool = False, seed: int = 0):
+    def __init__(self, *, attribution: str, signed: bool, seed: int = 0):
         super().__init__(seed=seed)
         attributions = {"taylor": SignedTaylor if signed else Taylor, "apoz": APoZ, "sensitivity": Sensitivity}
         if attribution not in attributions:

@@ -61,9 +61,7 @@ class Plain(nn.Module):
             nn.Conv2d(5, 8, 3, padding=1), nn.ReLU(inplace=True),
             nn.Conv2d(8, 7, 3, stride=2), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2),
         )  # fmt: skip
-        self.classifier = nn.Sequential(
-            nn.Linear(28, 9), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(9, CLASSES)
-        )
+        self.classifier = nn.Sequential(nn.Linear(28, 9), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(9, CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.features(x), 1))

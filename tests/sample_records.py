@@ -11,6 +11,10 @@ WIDTHS = {"conv1": 16, "layer1.conv1": 16, "layer1.conv2": 16, "layer2.conv1": 3
 LEFT_OUT = ("conv1", "layer1.conv2")
 
 
+def lost(widths: dict[str, int], kept: dict[str, int]) -> dict[str, int]:
+    return {layer: widths[layer] - kept[layer] for layer in widths if kept[layer] < widths[layer]}
+
+
 def fields_of(stage: str = "pruned", ratio: float = 0.5, **changes: Any) -> dict[str, Any]:
     """The fields of one valid record of a two-class run; `changes` replace some of them."""
     kept = dict(WIDTHS)
@@ -35,6 +39,10 @@ def fields_of(stage: str = "pruned", ratio: float = 0.5, **changes: Any) -> dict
         "filters_removed": removed,
         "filters_prunable": 48,
         "filters_total": 80,
+        "pruner": "depgraph",
+        "residual": "skip",
+        "min_filters": 1,
+        "round_to": 1,
         "accuracy": 42 / 50,
         "worst_class_accuracy": 14 / 20,
         "accuracy_per_class": {"eight": 28 / 30, "three": 14 / 20},
@@ -51,6 +59,7 @@ def fields_of(stage: str = "pruned", ratio: float = 0.5, **changes: Any) -> dict
         "scoring_seconds": None if stage == "dense" else 0.42,
         "removal_seconds": None if stage == "dense" else 0.3125,
         "retraining_seconds": 6.75 if stage == "retrained" else None,
+        "filters_chosen_per_layer": lost(WIDTHS, kept),
         "filters_kept_per_layer": kept,
         "widths_dense": WIDTHS,
         "layers_left_out": LEFT_OUT,
@@ -90,6 +99,7 @@ def run_records(
         filters = {
             "widths_dense": widths,
             "layers_left_out": (first,),
+            "filters_chosen_per_layer": lost(widths, kept),
             "filters_kept_per_layer": kept,
             "filters_removed": removed,
             "filters_prunable": total - 16,

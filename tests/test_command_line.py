@@ -43,7 +43,7 @@ BAD_INPUT = [
     (["pruning.activation_func=foo", "pruning.choices.activation_func=[foo]"], "leave them and choose"),
     (["pruning.negative_slope=steep"], 'pruning.negative_slope: "steep"; must be a number'),
     (["pruning=ln_structured", "pruning.norm=3"], "pruning.norm: 3; ln_structured takes only 1, 2"),
-    (["pruning=ln_structured", "pruning.aggregation=union"], "pruning.aggregation: \"union\"; no such key"),
+    (["pruning=ln_structured", "pruning.aggregation=union"], 'pruning.aggregation: "union"; no such key'),
     (["pruning.min_filters=0"], "pruning.min_filters: 0; must be an integer of at least 1"),
     (["pruning.pruner=scissors"], 'pruning.pruner: "scissors"; must be one of depgraph, structure'),
     (["dataset=cifar10", "dataset.root=no/such/folder"], "dataset.root: no/such/folder; no CIFAR-10 there, expected"),

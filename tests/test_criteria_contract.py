@@ -14,9 +14,8 @@ from torch import nn
 
 from errors import BenchmarkError, ConfigError
 from filter_selection import REGISTRY, get_criterion
-from filter_selection.matched_random import default_options
 from selection import PruningSelection
-from settings import CONFIG_DIR
+from settings import CONFIG_DIR, method_options
 from structure import ModelGraph
 from tests.nets import NETS, SHAPE, batches, images_and_labels, lively
 
@@ -29,7 +28,7 @@ def variants() -> dict[str, tuple[str, dict]]:
     """id -> (method, options): the defaults of its YAML, and each other word that it allows for a key of its own."""
     found = {}
     for method in sorted(REGISTRY):
-        defaults = default_options(method)
+        defaults = method_options(method)
         found[method] = (method, defaults)
         for key, words in declaration(method).get("choices", {}).items():
             for word in words if key in defaults else ():
@@ -377,12 +376,12 @@ def test_no_images_are_refused(variant):
 
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_the_yaml_says_what_the_code_does(method):
-    yaml, criterion = declaration(method), get_criterion(method, default_options(method))
+    yaml, criterion = declaration(method), get_criterion(method, method_options(method))
     assert yaml["name"] == method == criterion.name
     parameters = inspect.signature(type(criterion).__init__).parameters
     options = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} - {"seed"}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        assert options == set(default_options(method))
+        assert options == set(method_options(method))
     inherited = declaration(yaml["defaults"][0]) if "defaults" in yaml else {}
     merged = inherited | yaml
     assert merged["scoring_classes"] == ("selected" if criterion.class_aware else "all")
@@ -393,7 +392,7 @@ def test_the_yaml_says_what_the_code_does(method):
 
 @pytest.mark.parametrize("method", sorted(REGISTRY))
 def test_words_that_the_yaml_does_not_allow_are_refused_with_the_key(method):
-    defaults = default_options(method)
+    defaults = method_options(method)
     for key in declaration(method).get("choices", {}):
         if key in defaults and isinstance(defaults[key], str):
             with pytest.raises(ConfigError, match=f"pruning.{key}: 'nonsense'"):

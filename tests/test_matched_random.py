@@ -7,9 +7,9 @@ import torch
 
 from errors import ConfigError
 from filter_selection import REGISTRY, get_criterion
-from filter_selection.matched_random import default_options
 from records import write_selections
 from selection import PruningSelection
+from settings import method_options
 from structure import ModelGraph
 from tests.nets import SHAPE, Plain, batches, images_and_labels, lively
 
@@ -39,9 +39,9 @@ def counts(selections):
 @pytest.mark.parametrize("method", sorted(set(REGISTRY) - {"matched_random"}))
 @pytest.mark.parametrize("floor", [1, 2])
 def test_counts_are_those_of_the_method_at_every_ratio(graph, data, method, floor):
-    scopes = get_criterion(method, default_options(method)).scopes
+    scopes = get_criterion(method, method_options(method)).scopes
     for scope in scopes:
-        theirs = select(graph, data, method, default_options(method), scope, floor)
+        theirs = select(graph, data, method, method_options(method), scope, floor)
         ours = select(graph, data, "matched_random", {"match": method}, scope, floor)
         assert counts(ours) == counts(theirs)
         assert ours != theirs
@@ -114,7 +114,7 @@ def test_counts_of_a_file(graph, file):
     [
         ([0.3], 1, 0, "has no ratio 0.3, it has 0.0, 0.5, 0.9"),
         ([0.9], 2, 0, "removes 7 of the 8 filters of features.3 at ratio 0.9, where pruning.min_filters=2 must stay"),
-        ([0.5], 1, 1, "removes filters of features.0, which this run does not prune"),
+        ([0.5], 1, 1, "removes filters of features.0, which this run does not choose by itself"),
     ],
 )
 def test_a_file_that_does_not_fit_the_run(graph, file, ratios, floor, skipped, message):
@@ -152,7 +152,7 @@ def test_options_that_are_not_valid(options, message):
 
 
 def test_defaults_come_from_the_yaml_and_what_it_builds_on():
-    assert default_options("ocap") == {"activation_func": "leaky_relu", "negative_slope": 0.01, "aggregation": "union"}
-    assert default_options("random") == {}
-    assert default_options("pxp").keys() == default_options("lrp").keys() and default_options("pxp")["biases"] is True
-    assert default_options("matched_random") == {"match": "ocap", "match_options": [], "match_selections": None}
+    assert method_options("ocap") == {"activation_func": "leaky_relu", "negative_slope": 0.01, "aggregation": "union"}
+    assert method_options("random") == {}
+    assert method_options("pxp").keys() == method_options("lrp").keys() and method_options("pxp")["biases"] is True
+    assert method_options("matched_random") == {"match": "ocap", "match_options": [], "match_selections": None}

@@ -100,6 +100,9 @@ KEPT = fields_of()["filters_kept_per_layer"]
         ({"filters_kept_per_layer": KEPT | {"conv1": 0}}, r"\['conv1'\] keep no filter"),
         ({"filters_kept_per_layer": KEPT | {"conv1": 17}}, "more than there were"),
         ({"layers_left_out": ("conv9",)}, "layers_left_out"),
+        ({"filters_chosen_per_layer": {"layer1.conv1": 8}}, "filters_chosen_per_layer: 8 in all, not 24"),
+        ({"filters_chosen_per_layer": {"layer1.conv1": 24}}, r"\['layer1.conv1'\] have not lost as many"),
+        ({"difference_from_masked": -1e-9}, "difference_from_masked: -1e-09"),
         ({"accuracy": 0.82}, "accuracy: 0.82; it is 0.84"),
         ({"accuracy": (28 / 30 + 14 / 20) / 2}, "accuracy: 0.81"),  # a mean over classes of unequal size
         ({"worst_class_accuracy": 28 / 30}, "worst_class_accuracy"),
@@ -174,11 +177,11 @@ def test_a_line_cut_short_is_left_out_and_the_next_run_goes_on(tmp_path, caplog,
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ('{"schema": 99}', "schema 99; this version reads schema 1"),
+        ('{"schema": 99}', "schema 99; this version reads schema 2"),
         ("{}", "schema None"),
         ("[1]", "not a record"),
-        ('{"schema": 1, "run_id": "x"}', "missing"),
-        (json.dumps({"schema": 1, **fields_of(), "surprise": 1}), "surprise"),
+        ('{"schema": 2, "run_id": "x"}', "missing"),
+        (json.dumps({"schema": 2, **fields_of(), "surprise": 1}), "surprise"),
         (record().to_json().replace('"seed": 42', '"seed": "42"'), "seed: '42'"),
         (record().to_json().replace('"accuracy": 0.84', '"accuracy": NaN'), "accuracy: nan"),
     ],
@@ -255,10 +258,14 @@ def test_csv_has_a_row_a_record_and_the_raw_figures(tmp_path):
 
 def test_csv_starts_with_the_columns_that_are_read_most(tmp_path):
     write_csv(tmp_path / "results.csv", [])
-    assert (tmp_path / "results.csv").read_text().startswith(
-        "stage,ratio,achieved_ratio,accuracy,accuracy_all_classes,worst_class_accuracy,accuracy_per_class,macs,"
-        "macs_ratio,params,params_ratio,size_bytes,latency_ms_median,latency_ms_p95,scoring_seconds,"
-        "removal_seconds,retraining_seconds,run_id,"
+    assert (
+        (tmp_path / "results.csv")
+        .read_text()
+        .startswith(
+            "stage,ratio,achieved_ratio,accuracy,accuracy_all_classes,worst_class_accuracy,accuracy_per_class,macs,"
+            "macs_ratio,params,params_ratio,size_bytes,latency_ms_median,latency_ms_p95,scoring_seconds,"
+            "removal_seconds,retraining_seconds,run_id,"
+        )
     )
 
 

@@ -120,9 +120,15 @@ def matrix_of(conv, weight, shape):
 def test_relevance_is_that_of_plain_loops(rule):
     model = lively(
         nn.Sequential(
-            nn.Conv2d(2, 4, 3, stride=(2, 1), padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
-            nn.Conv2d(4, 6, (1, 2), groups=2), nn.LeakyReLU(0.1, inplace=True), nn.Conv2d(6, 3, (2, 1)), nn.ReLU(),
-            nn.Flatten(), nn.Linear(9, 3),
+            nn.Conv2d(2, 4, 3, stride=(2, 1), padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 6, (1, 2), groups=2),
+            nn.LeakyReLU(0.1, inplace=True),
+            nn.Conv2d(6, 3, (2, 1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(9, 3),
         )  # fmt: skip
     )
     images, labels = images_and_labels(2, shape=(2, 4, 4))

@@ -188,7 +188,8 @@ def test_a_method_that_reads_images_is_given_the_ones_of_its_classes():
 
     def settings(name, scope="layer", **options):
         pruning = SimpleNamespace(
-            name=name, options=options, pruning_ratio=(0.5,), pruning_scope=scope, min_filters=2, scoring_classes="all"
+            **{"name": name, "options": options, "pruning_ratio": (0.5,), "pruning_scope": scope, "min_filters": 2},
+            **{"scoring_classes": "all", "round_to": 8, "coupled_scores": "max"},
         )
         return SimpleNamespace(pruning=pruning, seed=7, model=SimpleNamespace(skip_first_layers=1))
 
@@ -198,6 +199,7 @@ def test_a_method_that_reads_images_is_given_the_ones_of_its_classes():
     selector = get_selector(settings("ln_structured", scope="global", norm=2), factory)
     assert asked == ["all"] and selector.batches is None and selector.criterion.seed == 7
     assert (selector.scope, selector.min_filters, selector.skip_first_layers) == ("global", 2, 1)
+    assert (selector.round_to, selector.coupled_scores) == (8, "max")
     assert selector.ratios == (0.0, 0.5) and selector.input_shape == SHAPE
     asks_for_zero = settings("random")
     asks_for_zero.pruning.pruning_ratio = (0.5, 0.0)

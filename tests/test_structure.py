@@ -10,9 +10,10 @@ from torch import nn
 
 from channel_numbers import FIXED
 from errors import BenchmarkError, ConfigError
+from filter_selection import REGISTRY, get_criterion
 from helpers import derive_seed, evaluating, filter_pruning_indices_for_resnet, generator, share_of
 from structure import ModelGraph
-from tests.nets import SHAPE, Mixed, Plain, Residual, lively
+from tests.nets import SHAPE, Mixed, Plain, Residual, batches, images_and_labels, lively
 
 
 def graph_of(model: nn.Module, shape=SHAPE) -> ModelGraph:
@@ -372,3 +373,93 @@ def test_the_resnet_helper_keeps_its_argument_and_refuses_other_names():
     assert given == before
     with pytest.raises(ConfigError, match="vgg16.*valid: resnet18"):
         filter_pruning_indices_for_resnet(given, "vgg16")
+
+
+# What a trace may not hide
+
+
+class Preactivated(nn.Module):
+    """As in Xception: an activation in place whose operand is read again; `plain`: the same, written out."""
+
+    def __init__(self, plain: bool):
+        super().__init__()
+        self.plain = plain
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+        self.dropout = nn.Dropout()
+
+    def forward(self, x):
+        stem = self.stem(x)
+        same = self.dropout(stem)
+        active = F.relu(same) if self.plain else F.relu(same, True)
+        return self.fc((self.conv(active) + (active if self.plain else stem)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", sorted(REGISTRY))
+def test_an_operand_changed_in_place_is_read_changed(method):
+    scores = []
+    for plain in (True, False):
+        graph = graph_of(lively(Preactivated(plain)))
+        assert graph.tap("stem").node == "stem"
+        criterion = get_criterion(method, {"importance": "taylor"} if method == "torch_pruning" else {})
+        scores.append(criterion.score(graph, graph.convs, batches(*images_and_labels(6))))
+    for layer, values in scores[0].items():
+        torch.testing.assert_close(scores[1][layer], values)
+
+
+def test_a_trace_that_computes_something_else_is_refused():
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.other, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = y
+            y += self.other(x)  # torch.fx makes a new value of it, which leaves z as it was
+            return self.fc((y * z).mean((2, 3)))
+
+    with pytest.raises(BenchmarkError, match="Renamed: torch.fx traces another network than it is"):
+        graph_of(lively(Renamed()))
+
+
+def test_statistics_of_the_batch_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(2, *SHAPE))
+    with pytest.raises(BenchmarkError, match="1: normalises by the batch's own statistics"):
+        graph_of(model)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.Identity])
+def test_asking_for_a_size_is_not_reading(norm):
+    class Sized(nn.Module):
+        def __init__(self, asks: bool):
+            super().__init__()
+            self.asks = asks
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), norm(4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.conv(x)
+            images = x.shape[0] if self.asks else 0
+            x = F.relu(self.norm(x) if isinstance(self.norm, nn.BatchNorm2d) else x)
+            return self.fc(x.mean((2, 3)).view(images, -1) if self.asks else x.mean((2, 3)))
+
+    scores = []
+    for asks in (True, False):
+        graph = graph_of(lively(Sized(asks)))
+        assert graph.tap("conv").node in ("norm", "relu") and graph.prunable == ("conv",)
+        scores.append(get_criterion("lrp").score(graph, ["conv"], batches(*images_and_labels(6)))["conv"])
+    assert torch.equal(*scores)
+
+
+def test_a_layer_whose_output_only_gives_a_size_is_named():
+    class DeadSize(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.dead, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean((2, 3)).view(self.dead(x).size(0), -1))
+
+    graph = graph_of(lively(DeadSize()))
+    with pytest.raises(BenchmarkError, match="dead: no way leads from it to the output"):
+        get_criterion("lrp").score(graph, graph.convs, batches(*images_and_labels(6)))

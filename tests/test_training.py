@@ -14,7 +14,7 @@ from errors import BenchmarkError
 from training import EpochRow, FitPlan, Tally, fit, make_optimizer, rate_factor, train_epoch, validate
 
 CPU = torch.device("cpu")
-PLAN = FitPlan(epochs=3, lr=0.01, weight_decay=0.01)
+PLAN = FitPlan(3, 0.01, 0.01, "adamw", momentum=0.9, scheduler="cosine", patience=None)
 
 
 class Batches:
@@ -77,7 +77,7 @@ def script_validation(monkeypatch, outcomes):
 
 
 def test_training_learns():
-    result = run(plan=FitPlan(epochs=20, lr=0.01))
+    result = run(plan=dataclasses.replace(PLAN, epochs=20))
     assert result.history[-1].train_loss < 0.3 < result.history[0].train_loss
     assert max(row.validation_accuracy for row in result.history) > 0.8
 
@@ -238,7 +238,7 @@ def test_schedules(scheduler, factors):
 
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_fused_optimizers_do_the_textbook_update(optimizer):
-    plan = FitPlan(epochs=1, lr=0.1, weight_decay=0.01, optimizer=optimizer, momentum=0.5)
+    plan = dataclasses.replace(PLAN, epochs=1, lr=0.1, optimizer=optimizer, momentum=0.5)
     weights = nn.Linear(3, 2)
     weights.bias.requires_grad_(False)
     used = make_optimizer(weights, plan)
@@ -266,7 +266,7 @@ def test_fused_optimizers_do_the_textbook_update(optimizer):
 
 def test_diverging_training_is_reported_with_epoch_and_rate():
     with pytest.raises(BenchmarkError, match=r"training loss: (nan|inf) in epoch 1 at a learning rate of 1e\+30"):
-        run(plan=FitPlan(epochs=2, lr=1e30, optimizer="sgd", scheduler="none"))
+        run(plan=dataclasses.replace(PLAN, epochs=2, lr=1e30, optimizer="sgd", scheduler="none"))
 
 
 def test_validation_loss_that_is_not_finite_is_reported(monkeypatch):
