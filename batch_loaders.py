@@ -26,6 +26,23 @@ CROP_PADDING = 4  # pixels of black on each side before a random crop; He et al.
 RESIZE_OVER_CROP = 256 / 224  # evaluation size before and after the centre crop; torchvision's ImageNet recipe
 
 
+class Relabelled:
+    """A loader with other labels: `places` [labels] is what each becomes."""
+
+    def __init__(self, loader: "BatchLoader", places: Tensor):
+        self.loader, self.places = loader, places
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.loader:
+            yield images, self.places.to(labels.device)[labels]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+
 class BatchLoader(ABC):
     """Iterating yields (images float32 [B, 3, H, W] normalised and channels_last, labels int64 [B]) on `device`.
 

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -39,7 +40,8 @@ CONFIG_NAME = "config"
 # Of a larger sweep, only so many jobs are checked that each value is met: checking takes about 10 ms a job.
 MAX_JOBS_CHECKED = 256
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+                errno.ELOOP}  # fmt: skip
 
 
 def launch(run: Callable[[DictConfig], Any]) -> int:
@@ -72,6 +74,9 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
             raise
         print("Interrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         message = explain(error)
         if full_error or message is None:
@@ -130,12 +135,21 @@ def _disk_problem(error: BaseException) -> str | None:
     link: BaseException | None = error
     while link is not None:
         # what a library makes of a full disk hides the cause; a refused access counts only where nothing hides it
-        if isinstance(link, OSError) and (link.errno in DISK_FULL or (link is error and link.errno in NOT_WRITABLE)):
+        plain = link is error or str(error).startswith("Unable to configure handler")  # of the log file
+        if isinstance(link, OSError) and (
+            link.errno in DISK_FULL or (plain and (link.errno in NOT_WRITABLE or _in_making_a_folder(link)))
+        ):
             place = HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "the run's directory"
             advice = "free some space" if link.errno in DISK_FULL else "make it accessible"
             return f"{link.filename or place}: {os.strerror(link.errno)}; {advice}, or choose another place"
         link = link.__cause__ or link.__context__
     return None
+
+
+def _in_making_a_folder(error: OSError) -> bool:
+    """Whether a folder could not be made: below /proc, for one, that is answered by `no such file`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].name in ("mkdir", "makedirs")
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -170,8 +184,13 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> None:
     parser = OverridesParser.create(_config_loader())
     overrides = parser.parse_overrides(arguments)
     composer = _Composer(config_name)
+    for value in itertools.chain.from_iterable(_values(override, parser) for override in overrides):
+        composer.refuse_no_single_choice(value)
     hydra_config = composer.hydra_config([_values(override, parser)[0] for override in overrides])
     multirun = multirun or hydra_config.mode == RunMode.MULTIRUN
+    for key in ("run.dir", "sweep.dir"):
+        if not str(OmegaConf.select(hydra_config, key) or "").strip():
+            raise ConfigError(f"hydra.{key}: empty; give the folder where a run's files are to go")
     if multirun:
         from_file = [f"{key}={value}" for key, value in (hydra_config.sweeper.get("params") or {}).items()]
         overrides = parser.parse_overrides(from_file) + overrides
@@ -217,6 +236,17 @@ class _Composer:
         self.config_name = config_name
         self.composed: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
         self.is_group = functools.cache(lambda key: bool(_config_loader().get_group_options(key)))
+
+    def refuse_no_single_choice(self, override: Override) -> None:
+        """Hydra takes the last of a list of choices without a word, and stumbles over null."""
+        key = override.key_or_group
+        if override.type != OverrideType.CHANGE or not self.is_group(key):
+            return
+        value = override.value()
+        if value is None or isinstance(value, list | dict):
+            options = listed(_config_loader().get_group_options(key))
+            several = f"; a sweep over several is written -m {key}=A,B" if value else ""
+            raise ConfigError(f"{override.input_line}: one choice is needed, of {options}{several}")
 
     def hydra_config(self, job: Sequence[Override]) -> DictConfig:
         """Hydra's own part of the configuration of a job."""

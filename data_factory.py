@@ -108,13 +108,21 @@ class DataLoaderFactory(ABC):
 
     def get_small_train_loader(self) -> BatchLoader:
         """`num_pruning_samples` training images, drawn over all classes alike: class-agnostic scoring."""
-        return self._agnostic_sample(self._rows["train"], "all")
+        wanted, rows = self.settings.num_pruning_samples, self._rows["train"]
+        if len(rows) < wanted:
+            self._warn(f"num_pruning_samples: {wanted}; only {len(rows)} training images to score on")
+        drawn = rows[sorted(random.Random(42).sample(range(len(rows)), min(wanted, len(rows))))]
+        absent = sorted(set(self._labels_of("train").tolist()) - set(self._labels["train"][drawn].tolist()))
+        if absent:
+            names = ", ".join(self.class_names[label] for label in absent[:5]) + (", ..." if len(absent) > 5 else "")
+            self._warn(f"num_pruning_samples: {wanted}; {len(absent)} classes have no image to score on: {names}")
+        return self._sample(drawn, "all")
 
     def get_scoring_loader(self, scoring_classes: str) -> BatchLoader:
         """The training images that a criterion scores on: in dataset order, not augmented, original labels.
 
-        selected: of the selected classes, as many of each. all: `get_small_train_loader()`. complement: drawn like it,
-        from the classes that are not selected.
+        selected: of the selected classes, as many of each. complement: of the classes that are not selected, likewise.
+        all: `get_small_train_loader()`.
         """
         if scoring_classes == "selected":
             return self._sample(self._balanced_rows(self.settings.selected_classes), "pruning")
@@ -122,10 +130,17 @@ class DataLoaderFactory(ABC):
             return self.get_small_train_loader()
         if scoring_classes != "complement":
             raise ConfigError(f"pruning.scoring_classes: {scoring_classes}; valid: selected, all, complement")
-        is_selected = torch.isin(self._labels_of("train"), torch.tensor(self.settings.selected_classes))
-        if is_selected.all():
+        others = set(self._labels_of("train").tolist()) - set(self.settings.selected_classes)
+        if not others:
             raise BenchmarkError("pruning.scoring_classes: complement; no training image is of a class not selected")
-        return self._agnostic_sample(self._rows["train"][~is_selected], "complement")
+        if len(others) > self.settings.num_pruning_samples:
+            drawn = random.Random(42).sample(sorted(others), self.settings.num_pruning_samples)
+            self._warn(
+                f"num_pruning_samples: {len(drawn)}; {len(others)} classes are not selected, "
+                f"{len(others) - len(drawn)} of them have no image to score on"
+            )
+            others = set(drawn)
+        return self._sample(self._balanced_rows(sorted(others)), "complement")
 
     def fingerprint(self) -> str:
         """Hash of what the three parts hold, in what order and how it is normalised.
@@ -212,13 +227,6 @@ class DataLoaderFactory(ABC):
         batch_size = self.settings.training.batch_size_test
         labels = self._labels["train"][rows]
         return self._build("train", rows, labels, name, batch_size=batch_size, shuffle=False, augment=False)
-
-    def _agnostic_sample(self, rows: Tensor, name: str) -> BatchLoader:
-        wanted = self.settings.num_pruning_samples
-        if len(rows) < wanted:
-            self._warn(f"num_pruning_samples: {wanted}; only {len(rows)} training images to score on ({name})")
-        drawn = random.Random(42).sample(range(len(rows)), min(wanted, len(rows)))
-        return self._sample(rows[sorted(drawn)], name)
 
     def _balanced_rows(self, classes: Sequence[int]) -> Tensor:
         """As many training rows of each class, `num_pruning_samples` in all; the classes of lowest index take one more

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from batch_loaders import Relabelled
 from cache import DenseModel
 from data_factory import DataLoaderFactory
 from filter_selection import FilterIndices
@@ -21,7 +22,7 @@ from records import Record, append_record, config_hash
 from selection import PruningSelection
 from settings import Settings
 from structure import ModelGraph
-from training import fit, retraining_plan
+from training import fit, retraining_plan, validate
 
 log = logging.getLogger(__name__)
 
@@ -111,17 +112,42 @@ class Experiment:
         common = {"ratio": ratio, "indices": indices, "head": self._head()}
         self._record(pruned, self._measure(pruned), stage="pruned", notes=notes, **common, **costs)
         if self.settings.training.retrain_after_pruning:
-            result = fit(
-                pruned,
-                self.loaders.train,
-                self.loaders.validation,
-                retraining_plan(self.settings.training),
-                device=self.device,
-                description=f"retraining at ratio {ratio:g}",
-                seed=derive_seed(self.settings.seed, "retraining"),
-            )
-            costs["retraining_seconds"] = result.seconds
-            self._record(result.model, self._measure(result.model), stage="retrained", notes=notes, **common, **costs)
+            retrained, seconds, fell = self._retrained(pruned, ratio)
+            costs["retraining_seconds"] = seconds
+            notes = [*notes, fell] if fell else notes
+            self._record(retrained, self._measure(retrained), stage="retrained", notes=notes, **common, **costs)
+
+    def _retrained(self, pruned: nn.Module, ratio: float) -> tuple[nn.Module, float, str | None]:
+        """The retrained network, the seconds, and a word where the validation images say that it got worse.
+
+        Logits are in the order of the class indices while it trains: sums over them round by their order, so that a
+        list in another order would otherwise train another network.
+        """
+        train, validation = self.loaders.train, self.loaders.validation
+        before = validate(pruned, validation, self.device).accuracy
+        order = sorted(range(len(self.settings.selected_classes)), key=self.settings.selected_classes.__getitem__)
+        reordered = self._head() == "selected" and order != sorted(order)
+        if reordered:
+            places = torch.tensor(order).argsort()
+            train, validation = Relabelled(train, places), Relabelled(validation, places)
+            pruned = replace_head(pruned, order)
+        result = fit(
+            pruned,
+            train,
+            validation,
+            retraining_plan(self.settings.training),
+            device=self.device,
+            description=f"retraining at ratio {ratio:g}",
+            seed=derive_seed(self.settings.seed, "retraining"),
+        )
+        model = replace_head(result.model, places.tolist()) if reordered else result.model
+        after = result.history[result.best_epoch - 1].validation_accuracy if result.history else before
+        fell = f"retraining lowered the accuracy on validation images, from {before:.4f} to {after:.4f}"
+        return model, result.seconds, fell if after < before else None
+
+    def _without_rivals(self, head: str) -> list[str]:
+        single = head == "selected" and len(self.settings.selected_classes) == 1
+        return ["a head of one class has no other to confuse it with: its accuracy is 1 whatever was removed"] * single
 
     def _head(self) -> str:
         return "selected" if self.settings.replace_last_layer else "all"
@@ -185,7 +211,7 @@ class Experiment:
             scoring_seconds=None if stage == "dense" else self.scoring_seconds,
             filters_chosen_per_layer={layer: len(filters) for layer, filters in indices.items() if filters},
             filters_kept_per_layer={layer: model.get_submodule(layer).out_channels for layer in self.widths},
-            warnings=[*self.factory.warnings, *(notes or []), *measured.warnings],
+            warnings=[*self.factory.warnings, *(notes or []), *self._without_rivals(head), *measured.warnings],
             **costs,
         )
         append_record(self.path, record)

@@ -74,9 +74,9 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     for ratio, indices in selections.items():
         experiment.measure_ratio(ratio, indices, pruner)
 
-    print(table(experiment.records))
     for path in write_report(run_dir):
         log.info("Wrote %s", path)
+    print(table(experiment.records))
     return experiment.records
 
 

@@ -10,6 +10,7 @@ from errors import ConfigError
 from filter_selection import Criterion, FilterIndices, Scores, get_criterion
 from filter_selection.base import Batches
 from helpers import share_of
+from settings import declaration
 from structure import ModelGraph
 
 
@@ -113,8 +114,12 @@ class PruningSelection:
             scores = self.score(graph)
         choices = self._combined(graph, scores)
         chosen = {ratio: self._chosen(graph, choices, ratio) if ratio else {} for ratio in self.ratios}
-        empty = [ratio for ratio, indices in chosen.items() if ratio and not indices]
-        if empty and self.criterion.exact:
+        empty = [
+            ratio
+            for ratio, indices in chosen.items()
+            if ratio and not indices and (self.criterion.exact or not self._asked(graph, ratio, self.min_filters))
+        ]
+        if empty:
             widest = max(map(len, scores.values()))
             raise ConfigError(
                 f"pruning.pruning_ratio: {empty[0]} removes no filter, the widest layer has {widest} of which "
@@ -128,15 +133,24 @@ class PruningSelection:
         Filters that go together count once. A method that is not exact (OCAP's union) achieves less by its nature, and
         the achieved ratio says how much; only where it removes nothing at all is that worth a word.
         """
-        leads = [layer for layer in self.layers(graph) if self._lead(graph, layer) == layer]
-        widths = [graph.conv(layer).out_channels for layer in leads]
-        pools = widths if self.scope == "layer" else [sum(widths)]
-        asked = sum(share_of(ratio, pool) for pool in pools)
-        removed = sum(len(indices.get(layer, ())) for layer in leads)
-        if removed >= asked or (removed and not self.criterion.exact):
+        asked = self._asked(graph, ratio)
+        removed = sum(len(indices.get(layer, ())) for layer in self._leads(graph))
+        held = self.criterion.exact or self._asked(graph, ratio, self.min_filters) < asked
+        if removed >= asked or (removed and not held):
             return None
-        reason = f"{self._floor()} stay" if self.criterion.exact else "the images agree on no filter"
+        reason = f"{self._floor()} stay" if held else self.criterion.none_because
         return f"{removed} filters go at ratio {ratio:g}, which asks for {asked}: {reason}"
+
+    def _asked(self, graph: ModelGraph, ratio: float, min_filters: int = 0) -> int:
+        """How many filters a ratio asks for; with a floor, how many of them each layer can spare at most."""
+        widths = [graph.conv(layer).out_channels for layer in self._leads(graph)]
+        if self.scope == "layer":
+            return sum(max(min(share_of(ratio, width), width - min_filters), 0) for width in widths)
+        return min(share_of(ratio, sum(widths)), sum(max(width - min_filters, 0) for width in widths))
+
+    def _leads(self, graph: ModelGraph) -> list[str]:
+        """The layers in which filters are chosen, one for all whose filters go together."""
+        return [layer for layer in self.layers(graph) if self._lead(graph, layer) == layer]
 
     def _floor(self) -> str:
         multiple = f" and a multiple of pruning.round_to={self.round_to}" if self.round_to > 1 else ""
@@ -198,6 +212,12 @@ def get_selector(settings, factory) -> PruningSelection:
     pruning = settings.pruning
     asked = pruning.pruning_ratio
     criterion = get_criterion(pruning.name, pruning.options, seed=settings.seed)
+    usual = declaration("pruning", pruning.name)["scoring_classes"]  # null: those of the matched method
+    if not criterion.needs_data and usual is not None and pruning.scoring_classes != usual:
+        raise ConfigError(
+            f"pruning.scoring_classes: {pruning.scoring_classes}; {pruning.name} reads no images as it is set up, "
+            "leave the key out"
+        )
     return PruningSelection(
         criterion,
         asked if 0.0 in asked else (0.0, *asked),

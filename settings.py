@@ -19,6 +19,7 @@ from errors import ConfigError
 from schema import Matches, Within, assemble, convert, flatten, kind_of_default, leaves, listed, show, unknown_key
 
 CONFIG_DIR = Path(__file__).resolve().parent / "config"
+PATHS = {"cache_dir", "model.pretrained_weights_path", "pruning.scores_path", "pruning.match_selections"}
 NAMED_GROUPS = ("pruning", "model", "dataset")
 IMAGENET_CLASSES = 1000
 
@@ -72,8 +73,8 @@ class DatasetSettings:
 class PruningSettings:
     name: Text
     pruning_ratio: tuple[Share, ...]
-    pruning_scope: Literal["layer", "global"]
-    scoring_classes: Literal["selected", "all", "complement"]
+    pruning_scope: Literal["layer", "global"] | None  # None until `check` has put in what the matched method has
+    scoring_classes: Literal["selected", "all", "complement"] | None
     min_filters: Positive
     round_to: Positive
     pruner: Literal["depgraph", "structure"]
@@ -125,6 +126,8 @@ def check(cfg: DictConfig) -> Settings:
             raise ConfigError(f"{key}: missing; give it a value, a ~ on the command line may have deleted it")
     resolved = flatten(_resolved(cfg))
     values = {key: convert(key, resolved.get(key), kind) for key, kind in kinds.items()}
+    for key in PATHS & values.keys():
+        values[key] = values[key] and os.path.expanduser(values[key])  # a shell leaves key=~/file as it is
     for key, words in choices.items():
         if values[key] not in words:
             name = values[f"{key.partition('.')[0]}.name"]
@@ -138,9 +141,25 @@ def check(cfg: DictConfig) -> Settings:
         class_names=class_names(settings.dataset),
         selected_classes=resolve_classes(settings.selected_classes, settings.dataset),
     )
+    settings = replace(settings, pruning=_as_matched(settings.pruning))
     _refuse_contradictions(settings)
     _refuse_unavailable(settings)
     return settings
+
+
+def _as_matched(pruning: PruningSettings) -> PruningSettings:
+    """`pruning` with its nulls filled in from the YAML of the method that it matches."""
+    matched = pruning.options.get("match")
+    missing = [key for key in ("pruning_scope", "scoring_classes") if getattr(pruning, key) is None]
+    if not missing:
+        return pruning
+    if matched is None:
+        raise ConfigError(f"pruning.{missing[0]}: null; only a method that matches another takes its value from there")
+    names = sorted(path.stem for path in (CONFIG_DIR / "pruning").glob("[!_]*.yaml") if path.stem != pruning.name)
+    if matched not in names:
+        raise ConfigError(f"pruning.match: {show(matched)}; is no method to be matched, valid: {listed(names)}")
+    values = {**OmegaConf.load(CONFIG_DIR / "config.yaml").pruning, **declaration("pruning", matched)}
+    return replace(pruning, **{key: values[key] for key in missing})
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Criterion(ABC):
         nested: whether what goes at one ratio also goes at every higher one.
         exact: whether as many filters go as the ratio says; if not, the achieved ratio is an outcome.
         combinations: the ways in which scores of filters that go together become one.
+        none_because: if it is not exact, why no filter goes at a ratio that asks for some.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Criterion(ABC):
     nested: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     combinations: ClassVar[tuple[str, ...]] = ("mean", "sum", "max")
+    none_because: ClassVar[str] = ""
 
     def __init__(self, *, seed: int = 0):
         self.seed = seed

@@ -46,12 +46,13 @@ class MatchedRandom(Criterion):
         self.matched = None
         if self.given is not None:
             self.needs_data, self.nested, self.exact = False, False, False
+            self.none_because = f"there go none in {match_selections}"
             return
         others = sorted(REGISTRY.keys() - {self.name})
         if match not in others:
             raise ConfigError(f"pruning.match: {match!r} is no method to be matched; valid: {', '.join(others)}")
         self.matched = get_criterion(match, _options(match, match_options), seed=seed)
-        for fact in ("needs_data", "class_aware", "scopes", "nested", "exact", "combinations"):
+        for fact in ("needs_data", "class_aware", "scopes", "nested", "exact", "combinations", "none_because"):
             setattr(self, fact, getattr(self.matched, fact))
 
     def compute(self, graph: ModelGraph, layers: Sequence[str], batches: Batches | None) -> Scores:

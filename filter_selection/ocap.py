@@ -28,6 +28,7 @@ class OCAP(ResponseCriterion):
     when they remove k."""
 
     class_aware = True
+    none_because = "the images agree on no filter"
     scopes = ("layer",)
 
     def __init__(

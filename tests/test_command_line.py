@@ -44,6 +44,12 @@ BAD_INPUT = [
     (["pruning.negative_slope=steep"], 'pruning.negative_slope: "steep"; must be a number'),
     (["pruning=ln_structured", "pruning.norm=3"], "pruning.norm: 3; ln_structured takes only 1, 2"),
     (["pruning=ln_structured", "pruning.aggregation=union"], 'pruning.aggregation: "union"; no such key'),
+    (["model=[resnet18,vgg16]"], "model=[resnet18,vgg16]: one choice is needed, of mobilenet_v2, resnet18"),
+    (["dataset=null"], "dataset=null: one choice is needed, of cifar10, digits"),
+    (["hydra.run.dir="], "hydra.run.dir: empty"),
+    (["dataset=cifar10", f"dataset.root={300 * 'x'}"], "File name too long"),
+    (["pruning.residual=scatter"], "only the structure pruner puts outputs back in place"),
+    (["pruning.round_to=0"], "pruning.round_to: 0; must be an integer of at least 1"),
     (["pruning.min_filters=0"], "pruning.min_filters: 0; must be an integer of at least 1"),
     (["pruning.pruner=scissors"], 'pruning.pruner: "scissors"; must be one of depgraph, structure'),
     (["dataset=cifar10", "dataset.root=no/such/folder"], "dataset.root: no/such/folder; no CIFAR-10 there, expected"),
@@ -235,11 +241,21 @@ def test_a_full_disk_is_one_message_with_the_path(job, tmp_path):
     assert "Traceback" not in ended.stderr
 
 
-def test_a_run_directory_that_cannot_be_made_is_one_message(job, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("file/run", "file/run: Not a directory"),
+        ("/proc/run", "/proc/run: No such file or directory"),
+        (300 * "x", f"{300 * 'x'}: File name too long"),
+        ("taken", "{}/taken/job.log: Is a directory"),  # where the log file is to be
+    ],
+)
+def test_a_run_directory_that_cannot_be_made_is_one_message(job, tmp_path, folder, message):
     (tmp_path / "file").touch()
-    ended = execute(job("hydra.run.dir=file/run"), tmp_path)
+    (tmp_path / "taken" / "job.log").mkdir(parents=True)
+    ended = execute(job(f"hydra.run.dir={folder}"), tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("file/run: Not a directory")
+    assert ended.stderr.startswith(message.format(tmp_path)) and "Traceback" not in ended.stderr
 
 
 def test_a_bug_keeps_its_traceback(job, tmp_path):

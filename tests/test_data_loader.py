@@ -270,7 +270,7 @@ def test_the_small_train_loader_is_the_sample_that_42_draws(make, name):
 def test_the_small_train_loader_says_when_there_are_fewer_images(make):
     factory = make("imagenet", num_pruning_samples=1000)
     assert factory.get_small_train_loader().num_images == 12
-    assert factory.warnings == ["num_pruning_samples: 1000; only 12 training images to score on (all)"]
+    assert factory.warnings == ["num_pruning_samples: 1000; only 12 training images to score on"]
 
 
 @every_dataset
@@ -279,6 +279,30 @@ def test_the_complement_has_none_of_the_selected_classes(make, name):
     loader = factory.get_scoring_loader("complement")
     assert loader.num_images > 0 and not set(loader.labels.tolist()) & {0, 2}
     assert set(_labelled(loader)) <= set(_labelled(factory.get_dataloaders().train))
+
+
+def test_the_complement_is_balanced_over_its_classes(make):
+    factory = make("cifar10", selected_classes=(0, 2), num_pruning_samples=11)
+    assert Counter(factory.get_scoring_loader("complement").labels.tolist()) == {
+        1: 2, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1, 9: 1,
+    }  # fmt: skip
+    assert factory.warnings == []
+    few = make("cifar10", selected_classes=(0, 2), num_pruning_samples=3)
+    labels = few.get_scoring_loader("complement").labels.tolist()
+    assert len(labels) == len(set(labels)) == 3
+    assert few.warnings == [
+        "num_pruning_samples: 3; 8 classes are not selected, 5 of them have no image to score on"
+    ]
+
+
+def test_classes_without_an_image_in_the_small_train_loader_are_named(make):
+    factory = make("cifar10", num_pruning_samples=6)
+    absent = sorted(set(range(10)) - set(factory.get_small_train_loader().labels.tolist()))
+    names = ", ".join(f"class_{label}" for label in absent[:5])
+    assert factory.warnings == [
+        f"num_pruning_samples: 6; {len(absent)} classes have no image to score on: {names}"
+        + (", ..." if len(absent) > 5 else "")
+    ]
 
 
 def test_no_complement_of_all_classes(make):

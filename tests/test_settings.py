@@ -125,3 +125,26 @@ def test_what_training_a_dataset_needs_otherwise_gives_way_to_the_command_line()
     assert (special.epochs, special.lr) != (general.epochs, general.lr)
     assert dataclasses.replace(special, epochs=general.epochs, lr=general.lr) == general
     assert checked("dataset=fashion_mnist", "training.epochs=3").training == dataclasses.replace(special, epochs=3)
+
+
+@pytest.mark.parametrize("method", names_in("pruning"))
+def test_what_is_matched_is_scored_and_ranked_as_by_itself(method):
+    if method == "matched_random":
+        with pytest.raises(ConfigError, match='pruning.match: "matched_random"; is no method to be matched, valid: '):
+            checked("pruning=matched_random", f"pruning.match={method}")
+        return
+    own = checked(f"pruning={method}").pruning
+    matched = checked("pruning=matched_random", f"pruning.match={method}").pruning
+    assert (matched.pruning_scope, matched.scoring_classes) == (own.pruning_scope, own.scoring_classes)
+    told = checked("pruning=matched_random", f"pruning.match={method}", "pruning.pruning_scope=layer").pruning
+    assert (told.pruning_scope, told.scoring_classes) == ("layer", own.scoring_classes)
+
+
+def test_only_a_method_that_matches_takes_null():
+    with pytest.raises(ConfigError, match="pruning.pruning_scope: null; only a method that matches another"):
+        checked("pruning=lrp", "pruning.pruning_scope=null")
+
+
+def test_a_home_folder_is_followed(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checked("cache_dir='~/cache'").cache_dir == str(tmp_path / "cache")
