@@ -13,6 +13,7 @@ from torch import nn
 from batch_loaders import Relabelled
 from cache import DenseModel
 from data_factory import DataLoaderFactory
+from errors import BenchmarkError
 from filter_selection import FilterIndices
 from helpers import derive_seed
 from metrics import Measurement, measure_inference_time_and_accuracy
@@ -145,6 +146,36 @@ class Experiment:
         fell = f"retraining lowered the accuracy on validation images, from {before:.4f} to {after:.4f}"
         return model, result.seconds, fell if after < before else None
 
+    def _saved(self, model: nn.Module, stage: str, ratio: float, head: str) -> tuple[list[str], list[str]]:
+        """The files that a pruned network was written to, where that is asked for, and what kept it from ONNX."""
+        if not self.settings.save_pruned_models or stage == "dense":
+            return [], []
+        from export import export_onnx, save_pruned_model, structure_of  # ONNX Runtime's exporters take a second
+
+        indices = self.settings.selected_classes if head == "selected" else range(len(self.settings.class_names))
+        structure = structure_of(
+            model,
+            architecture=self.settings.model.name,
+            num_classes=len(self.settings.class_names),
+            small_input_stem=self.settings.model.small_input_stem,
+            class_names=[self.settings.class_names[index] for index in indices],
+            class_indices=list(indices),
+            input_shape=self.factory.input_shape,
+            mean=self.factory.mean,
+            std=self.factory.std,
+            provenance={
+                **{key: self.identity[key] for key in ("run_id", "config_hash", "method", "dataset", "seed")},
+                **{"stage": stage, "ratio": ratio, "torch": torch.__version__, "dense_weights": self.dense.key},
+            },
+        )
+        folder, name = self.path.parent / "models", f"{stage}_{ratio:g}"
+        save_pruned_model(folder / f"{name}.npz", model, structure)
+        try:
+            export_onnx(folder / f"{name}.onnx", model, self.factory.input_shape)
+        except BenchmarkError as error:
+            return [f"models/{name}.npz"], [str(error)]
+        return [f"models/{name}.npz", f"models/{name}.onnx"], []
+
     def _without_rivals(self, head: str) -> list[str]:
         single = head == "selected" and len(self.settings.selected_classes) == 1
         return ["a head of one class has no other to confuse it with: its accuracy is 1 whatever was removed"] * single
@@ -185,6 +216,7 @@ class Experiment:
         if head == "all":
             counts = counts.subset(self.settings.selected_classes)
         names = self.identity["class_names"]
+        saved, trouble = self._saved(model, stage, ratio, head)
         removed = sum(map(len, indices.values()))
         dense = self.reference
         record = Record(
@@ -211,7 +243,8 @@ class Experiment:
             scoring_seconds=None if stage == "dense" else self.scoring_seconds,
             filters_chosen_per_layer={layer: len(filters) for layer, filters in indices.items() if filters},
             filters_kept_per_layer={layer: model.get_submodule(layer).out_channels for layer in self.widths},
-            warnings=[*self.factory.warnings, *(notes or []), *self._without_rivals(head), *measured.warnings],
+            warnings=[*self.factory.warnings, *(notes or []), *self._without_rivals(head), *measured.warnings, *trouble],
+            saved_as=saved,
             **costs,
         )
         append_record(self.path, record)

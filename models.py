@@ -70,7 +70,7 @@ def get_model(
         return model_from_state(name, num_classes, state, small_input_stem=small_input_stem, source=source)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = _build(name, num_classes, small_input_stem)
+        model = build(name, num_classes, small_input_stem)
     if use_pretrained_model:
         _load_torchvision_weights(model, name, num_classes)
     return model.eval()
@@ -85,7 +85,7 @@ def model_from_state(
     """
     _refuse_unknown(name, small_input_stem)
     with torch.device("meta"):  # names and shapes without the seconds that a large random initialisation takes
-        model = _build(name, num_classes, small_input_stem)
+        model = build(name, num_classes, small_input_stem)
     wanted = model.state_dict()
     # Checkpoints older than PyTorch 0.4.1 lack these counters, which inference never reads.
     state = {**{key: torch.tensor(0) for key in wanted if key.endswith(COUNTER)}, **state}
@@ -194,7 +194,8 @@ def _refuse_unknown(name: str, small_input_stem: bool) -> None:
         raise BenchmarkError(f"model.small_input_stem: true for {name}; only {able} have this stem, set it to false")
 
 
-def _build(name: str, num_classes: int, small_input_stem: bool) -> nn.Module:
+def build(name: str, num_classes: int, small_input_stem: bool) -> nn.Module:
+    """The architecture with torchvision's own random weights."""
     model = zoo.get_model(name, weights=None, num_classes=num_classes)
     if small_input_stem:
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
@@ -243,7 +244,7 @@ def _likely_cause(
     causes = []
     for other in ARCHITECTURES:
         with torch.device("meta"):
-            entries = _build(other, num_classes, False).state_dict()
+            entries = build(other, num_classes, False).state_dict()
         if other != name and _without_counters(entries) == _without_counters(state):
             causes.append(f"the weights are those of {other} (model={other})")
     if not causes and "conv1.weight" in faults and "conv1.weight" in state and ARCHITECTURES[name].small_stem:

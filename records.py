@@ -85,6 +85,7 @@ class Record:
     difference_from_masked: float | None = None  # largest, of the outputs, as a share of the largest output
     widths_dense: dict[str, int]  # filters of each layer before pruning, in the order of the network
     layers_left_out: tuple[str, ...] = ()  # layers of widths_dense that no filter was selected from, whatever the ratio
+    saved_as: tuple[str, ...] = ()  # files of the network, in the run's directory
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

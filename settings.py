@@ -103,6 +103,7 @@ class Settings:
     seed: Annotated[int, Within(0, below=2**32)]
     inference_with_onnx: bool
     cache_dir: Text
+    save_pruned_models: bool
     training: TrainingSettings
     model: ModelSettings
     dataset: DatasetSettings

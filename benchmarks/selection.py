@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 
 from benchmarks.evaluation import paired_seconds
+from errors import BenchmarkError
 from filter_selection import REGISTRY, Criterion, get_criterion
 from filter_selection.base import ResponseCriterion
 from selection import PruningSelection
@@ -76,7 +77,8 @@ def forward_backward_pass(model: nn.Module, batches: list[tuple[Tensor, Tensor]]
 
 def bare_pass(criterion: Criterion) -> str:
     """The pass that the method cannot do without."""
-    reading = getattr(criterion, "attributing", criterion)  # TorchPruner's APoZ reads responses, the others gradients
+    reading = getattr(criterion, "matched", None) or criterion  # what is matched scores
+    reading = getattr(reading, "attributing", reading)  # TorchPruner's APoZ reads responses, the others gradients
     if isinstance(reading, ResponseCriterion) or not criterion.needs_data:
         return "forward"
     return "forward+backward"
@@ -179,9 +181,13 @@ def main() -> int:
                         flush=True,
                     )
                     continue
-                row = measure(
-                    name, method, own, size, options.images, options.batch_size, options.repeats, options.sweeps
-                )
+                try:
+                    row = measure(
+                        name, method, own, size, options.images, options.batch_size, options.repeats, options.sweeps
+                    )
+                except BenchmarkError as error:  # a method that this network has nothing for
+                    print(f"{name:10} {size:3} {label_of(method, own):28} refused: {error}", flush=True)
+                    continue
                 sweep = f", 11 ratios {row['eleven_ratios_over_one']:.3f} of one" if options.sweeps else ""
                 print(
                     f"{name:10} {size:3} {row['method']:28} {row['ratio_median']:6.3f} of {row['pass']} "

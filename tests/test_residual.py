@@ -8,6 +8,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.selection import cases
 from errors import BenchmarkError, ConfigError
 from filter_selection import REGISTRY, get_criterion
 from filter_selection.base import Criterion
@@ -165,3 +166,29 @@ def test_a_shortfall_is_said(graphs):
     assert selection.shortfall(graphs["coupled"], 0.5, indices) == (
         "6 filters go at ratio 0.5, which asks for 8: pruning.min_filters=1 and a multiple of pruning.round_to=4 stay"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residual", ["skip", "coupled"])
+@pytest.mark.parametrize("name", ["resnet18", "vgg16"])
+def test_every_method_to_the_last_filter(name, residual):
+    """ResNet18 and VGG16, all methods, ratios to 0.999: every prune ends in a working model."""
+    torch.manual_seed(0)
+    shape, ratios = (3, 32, 32), (0.3, 0.6, 0.9, 0.99, 0.999)
+    graph = ModelGraph(getattr(torchvision.models, name)(num_classes=4).eval(), shape, residual)
+    images, labels = images_and_labels(6, shape=shape)
+    for method, options in cases(sorted(REGISTRY)):
+        criterion = get_criterion(method, options)
+        try:
+            selection = PruningSelection(criterion, ratios, shape, batches(images.float(), labels))
+            selected = selection.select(graph)
+        except BenchmarkError as error:
+            assert "finds no BatchNorm" in str(error) and name == "vgg16"
+            continue
+        for ratio, indices in selected.items():
+            pruned = get_pruner("depgraph" if ratio == 0.999 else "structure", graph).prune(indices)
+            assert pruned(images.float()).isfinite().all()
+            if criterion.exact:
+                assert sum(map(len, indices.values())) > 0
+            if ratio == 0.999 and criterion.exact and selection.scope == "layer":
+                assert all(pruned.get_submodule(layer).out_channels == 1 for layer in graph.prunable)

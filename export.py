@@ -1,0 +1,231 @@
+"""A pruned network as a file of its own: what it takes to build it again, or ONNX.
+
+The file is a NumPy archive of plain arrays, the weights under their names and one JSON text with the structure. Nothing
+in it is pickled, so reading one runs no code, and the dense weights are not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from errors import BenchmarkError
+from helpers import evaluating
+from models import build
+from records import write_whole
+from scatter import SOURCES, put_back
+
+STRUCTURE = "structure.json"  # no name of a weight: it would have to be `json` of a module called `structure`
+FORMAT = 1
+PARITY_BATCHES = (1, 3)
+PARITY_WITHIN = 1e-3  # of the largest output, as for a removal: another engine rounds in another order
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a saved network is, beside its weights.
+
+    Attributes:
+        architecture: the torchvision name, with `num_classes` of its dense head and whether it has `small_input_stem`.
+        widths: convolution -> filters that it has left.
+        class_names, class_indices: logit -> the class that it speaks for; of a head that was not replaced, all.
+        input_shape: (C, H, W) of one image.
+        mean, std: per channel, what pixels in [0, 1] are normalised by.
+        channels_last: the memory format that the weights were in; another one rounds otherwise.
+        provenance: where it is from: run, method, ratio, versions.
+    """
+
+    architecture: str
+    num_classes: int
+    small_input_stem: bool
+    widths: dict[str, int]
+    class_names: tuple[str, ...]
+    class_indices: tuple[int, ...]
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels_last: bool
+    provenance: dict[str, Any]
+
+
+def structure_of(model: nn.Module, **facts: Any) -> Structure:
+    """The structure of `model`; `facts` are the attributes that cannot be read off it."""
+    weights = [value for value in model.state_dict().values() if value.dim() == 4]
+    last = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+    widths = {name: layer.out_channels for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    return Structure(widths=widths, channels_last=last, **facts)
+
+
+def save_pruned_model(path: str | Path, model: nn.Module, structure: Structure) -> None:
+    """Write the network to one file, whole or not at all. Raises BenchmarkError where the disk refuses it."""
+    arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in model.state_dict().items()}
+    text = json.dumps({"format": FORMAT, **asdict(structure)}, ensure_ascii=False, allow_nan=False)
+    content = io.BytesIO()
+    np.savez(content, **{STRUCTURE: np.array(text)}, **arrays)
+    write_whole(path, content.getvalue())
+
+
+def load_pruned_model(path: str | Path) -> nn.Module:
+    """The network of `save_pruned_model`, on the CPU, in evaluation mode; its outputs are the same bit for bit.
+
+    Raises BenchmarkError: no such file, not one of these, damaged, or weights that do not fit its structure.
+    """
+    structure, state = _read(path)
+    with _refusing(path, "its weights do not fit its structure"):
+        with torch.device("meta"):
+            model = build(structure.architecture, structure.num_classes, structure.small_input_stem).eval()
+        for name, module in model.named_modules():
+            _fill(module, f"{name}." if name else "", state)
+        if state:
+            raise ValueError(f"{next(iter(state))} is no weight of {structure.architecture}")
+        widths = {name: layer.out_channels for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+        if widths != structure.widths:
+            raise ValueError("the widths are others")
+        if structure.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            logits = model(torch.zeros(1, *structure.input_shape, dtype=next(model.parameters()).dtype))
+        if logits.shape != (1, len(structure.class_names)):
+            raise ValueError(f"it has {tuple(logits.shape)} logits for {len(structure.class_names)} classes")
+    return model
+
+
+def read_structure(path: str | Path) -> Structure:
+    """What the file says of its network. Raises BenchmarkError as `load_pruned_model` does."""
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[Structure, dict[str, Tensor]]:
+    with _refusing(path, "is no saved network of this benchmark, or is damaged"):
+        content = io.BytesIO(Path(path).read_bytes())  # np.load leaves a damaged file open
+        with np.load(content, allow_pickle=False) as arrays:
+            values = json.loads(str(arrays[STRUCTURE]))
+            state = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != STRUCTURE}
+        if values.pop("format") != FORMAT:
+            raise ValueError("it is of another version")
+        if values.keys() != {field.name for field in fields(Structure)}:
+            raise ValueError("its structure is not whole")
+        lists = ("class_names", "class_indices", "input_shape", "mean", "std")
+        structure = Structure(**values | {name: tuple(values[name]) for name in lists})
+    return structure, state
+
+
+@contextlib.contextmanager
+def _refusing(path: str | Path, reason: str):
+    try:
+        yield
+    except OSError as error:
+        raise BenchmarkError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # numpy, zipfile, json and torch raise a dozen types on damaged and foreign files
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BenchmarkError(f"{path}: {reason} ({why})") from error
+
+
+def _fill(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
+    """Take the module's own weights out of `state` and make it as wide as they are."""
+    dense = {**module._parameters, **module._buffers}
+    depthwise = isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels
+    for name, before in dense.items():
+        if before is None:
+            continue
+        if f"{prefix}{name}" not in state:
+            raise ValueError(f"{prefix}{name} is missing")
+        value = state.pop(f"{prefix}{name}")
+        same_kernel = value.shape[2:] == before.shape[2:]
+        narrower = value.dim() == before.dim() and all(a <= b for a, b in zip(value.shape, before.shape, strict=True))
+        if not (same_kernel and narrower) or value.dtype.is_floating_point != before.dtype.is_floating_point:
+            raise ValueError(f"{prefix}{name} is {list(value.shape)} in the file, {list(before.shape)} when dense")
+        setattr(module, name, nn.Parameter(value) if name in module._parameters else value)
+    if isinstance(module, nn.Conv2d):
+        module.out_channels = len(module.weight)
+        module.groups = module.out_channels if depthwise else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.BatchNorm2d):
+        module.num_features = len(module.running_mean)
+    if (sources := state.pop(f"{prefix}{SOURCES}", None)) is not None:
+        put_back(module, sources)
+
+
+def export_onnx(path: str | Path, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+    """Write the network as ONNX, in one file, for any batch size, once ONNX Runtime has given PyTorch's outputs.
+
+    Raises BenchmarkError: neither exporter manages, or the exported network computes something else.
+    """
+    reasons = []
+    for exporter in (_current_exporter, _earlier_exporter):
+        try:
+            with evaluating(model), _quiet():
+                content = exporter(model, torch.zeros(2, *input_shape, dtype=torch.float32))
+                difference = _difference(content, model, input_shape)
+        except Exception as error:  # the exporters raise whatever they trip over
+            reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            continue
+        if difference <= PARITY_WITHIN:
+            return write_whole(path, content)
+        reasons.append(f"its outputs differ from PyTorch's by {difference:.1e} of their size")
+    raise BenchmarkError(f"{path}: cannot be exported to ONNX: {'; '.join(reasons)}")
+
+
+def _current_exporter(model: nn.Module, example: Tensor) -> bytes:
+    program = torch.onnx.export(
+        model, (example,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    return program.model_proto.SerializeToString()
+
+
+def _earlier_exporter(model: nn.Module, example: Tensor) -> bytes:
+    content = io.BytesIO()
+    torch.onnx.export(
+        model, (example,), content, dynamo=False, input_names=["images"], output_names=["logits"],
+        dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+    )  # fmt: skip
+    return content.getvalue()
+
+
+def _difference(content: bytes, model: nn.Module, input_shape: tuple[int, int, int]) -> float:
+    """The largest between ONNX Runtime's outputs and PyTorch's, as a share of the largest output."""
+    import onnxruntime  # takes a second, for an export alone
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for batch in PARITY_BATCHES:
+        images = torch.randn(batch, *input_shape, generator=generator)
+        with torch.inference_mode():
+            expected = model(images.to(next(model.parameters()).device)).cpu()
+        (logits,) = session.run(None, {"images": images.numpy()})
+        actual = torch.from_numpy(logits)
+        if actual.shape != expected.shape:
+            raise ValueError(f"a batch of {batch} gives outputs {tuple(actual.shape)}")
+        worst = max(worst, float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12)))
+    return worst
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The exporters tell of each pass they make and of what they will no longer do one day."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+    levels: Mapping[str, int] = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
