@@ -243,7 +243,10 @@ class Experiment:
             scoring_seconds=None if stage == "dense" else self.scoring_seconds,
             filters_chosen_per_layer={layer: len(filters) for layer, filters in indices.items() if filters},
             filters_kept_per_layer={layer: model.get_submodule(layer).out_channels for layer in self.widths},
-            warnings=[*self.factory.warnings, *(notes or []), *self._without_rivals(head), *measured.warnings, *trouble],
+            warnings=[
+                *(*self.factory.warnings, *(notes or []), *self._without_rivals(head)),
+                *(*measured.warnings, *trouble),
+            ],
             saved_as=saved,
             **costs,
         )

@@ -1,12 +1,12 @@
-"""What our removal costs beside a step of torch-pruning's own magnitude pruner, from the same dense network to a pruned one.
+"""What our removal costs beside a step of torch-pruning's own magnitude pruner, from a dense network to a pruned one.
 
     python -m benchmarks.removal [--models resnet50 vgg16] [--ratio 0.5] [--size 64] [--repeats 7] [--threads N]
 
-Ours: `StructurePruner.prune` on a whole selection, the copy of the network and the proof against masking included. The
-library's: a copy, its pruner with its graph, and one step at the same ratio. For one ratio ours builds its graph anew in
-every repeat as well; for 11 ratios it is built once, while the library needs a pruner for every network. Both prune layers
-on a residual stream together. The two alternate, the first of each pair changing in turn; the median of the ratio and its
-quartiles are printed, the exit code is 1 above 1.
+Ours: `StructurePruner.prune` on a whole selection, the copy of the network and the proof against masking included.
+The library's: a copy, its pruner with its graph, and one step at the same ratio. For one ratio ours builds its graph
+anew in every repeat as well; for 11 ratios it is built once, while the library needs a pruner for every network. Both
+prune layers on a residual stream together. The two alternate, the first of each pair changing in turn; the median of
+the ratio and its quartiles are printed, the exit code is 1 above 1.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def library_steps(model: nn.Module, example: torch.Tensor, ratios: Sequence[floa
     return run
 
 
-def our_removals(model: nn.Module, selections: Sequence[FilterIndices], shape: tuple[int, int, int]) -> Callable[[], None]:
+def our_removals(model: nn.Module, selections: Sequence[FilterIndices], shape: tuple) -> Callable[[], None]:
     def run() -> None:
         pruner = StructurePruner(ModelGraph(model, shape, "coupled"))
         for indices in selections:
