@@ -28,6 +28,7 @@ from scatter import SOURCES, put_back
 
 STRUCTURE = "structure.json"  # no name of a weight: it would have to be `json` of a module called `structure`
 FORMAT = 1
+PLAIN = {"device": "meta", "memory_format": torch.contiguous_format}
 PARITY_BATCHES = (1, 3)
 PARITY_WITHIN = 1e-3  # of the largest output, as for a removal: another engine rounds in another order
 
@@ -42,7 +43,7 @@ class Structure:
         class_names, class_indices: logit -> the class that it speaks for; of a head that was not replaced, all.
         input_shape: (C, H, W) of one image.
         mean, std: per channel, what pixels in [0, 1] are normalised by.
-        channels_last: the memory format that the weights were in; another one rounds otherwise.
+        strides: weight -> its strides in memory, where they are not the plain ones: another layout rounds otherwise.
         provenance: where it is from: run, method, ratio, versions.
     """
 
@@ -55,16 +56,16 @@ class Structure:
     input_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    channels_last: bool
+    strides: dict[str, tuple[int, ...]]
     provenance: dict[str, Any]
 
 
 def structure_of(model: nn.Module, **facts: Any) -> Structure:
     """The structure of `model`; `facts` are the attributes that cannot be read off it."""
-    weights = [value for value in model.state_dict().values() if value.dim() == 4]
-    last = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+    weights = model.state_dict()
+    strides = {name: w.stride() for name, w in weights.items() if w.stride() != torch.empty_like(w, **PLAIN).stride()}
     widths = {name: layer.out_channels for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
-    return Structure(widths=widths, channels_last=last, **facts)
+    return Structure(widths=widths, strides=strides, **facts)
 
 
 def save_pruned_model(path: str | Path, model: nn.Module, structure: Structure) -> None:
@@ -92,8 +93,6 @@ def load_pruned_model(path: str | Path) -> nn.Module:
         widths = {name: layer.out_channels for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
         if widths != structure.widths:
             raise ValueError("the widths are others")
-        if structure.channels_last:
-            model = model.to(memory_format=torch.channels_last)
         with torch.inference_mode():
             logits = model(torch.zeros(1, *structure.input_shape, dtype=next(model.parameters()).dtype))
         if logits.shape != (1, len(structure.class_names)):
@@ -117,8 +116,17 @@ def _read(path: str | Path) -> tuple[Structure, dict[str, Tensor]]:
         if values.keys() != {field.name for field in fields(Structure)}:
             raise ValueError("its structure is not whole")
         lists = ("class_names", "class_indices", "input_shape", "mean", "std")
+        for name, strides in values["strides"].items():
+            state[name] = _laid_out(state[name], tuple(strides))
         structure = Structure(**values | {name: tuple(values[name]) for name in lists})
     return structure, state
+
+
+def _laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    laid_out = torch.empty_strided(value.shape, strides, device="meta")
+    if sorted(strides) != sorted(value.stride()) and not laid_out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"strides {list(strides)} are no layout of {list(value.shape)}")
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype).copy_(value)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def settings(tmp_path):
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
     """A network of two layers under the name of ResNet18: as good for these tests, and quick."""
-    build = models._build
+    build = models.build
 
     def tiny(name, num_classes, small_input_stem):
         if name != "resnet18":
@@ -70,7 +70,7 @@ def small_network(monkeypatch):
         convolution = nn.Conv2d(3, 8, 3, stride=4)
         return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, num_classes))
 
-    monkeypatch.setattr(models, "_build", tiny)
+    monkeypatch.setattr(models, "build", tiny)
 
 
 def make_settings(cache_dir):

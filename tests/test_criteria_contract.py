@@ -384,9 +384,11 @@ def test_the_yaml_says_what_the_code_does(method):
         assert options == set(method_options(method))
     inherited = declaration(yaml["defaults"][0]) if "defaults" in yaml else {}
     merged = inherited | yaml
-    assert merged["scoring_classes"] == ("selected" if criterion.class_aware else "all")
-    assert merged.get("pruning_scope", "layer") in criterion.scopes
-    if method != "matched_random":  # its scopes are those of the method it matches
+    if method == "matched_random":  # whose images and which scope, the method that it matches says
+        assert merged["scoring_classes"] is merged["pruning_scope"] is None
+    else:
+        assert merged["scoring_classes"] == ("selected" if criterion.class_aware else "all")
+        assert merged.get("pruning_scope", "layer") in criterion.scopes
         assert set(merged.get("choices", {}).get("pruning_scope", ("layer", "global"))) == set(criterion.scopes)
 
 
