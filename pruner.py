@@ -49,11 +49,15 @@ class Pruner(ABC):
     def prune_and_prove(self, indices: FilterIndices) -> tuple[nn.Module, float]:
         """As `prune`, and by how much the outputs differ from the masked network's, as a share of the largest one."""
         self._check(indices)
+        before = _fingerprint(self.graph.model)
         pruned = copy.deepcopy(self.graph.model).eval()
-        if not any(indices.values()):
-            return pruned, 0.0
-        self._remove(pruned, indices)
-        return pruned, self._verify(pruned, indices)
+        difference = 0.0
+        if any(indices.values()):
+            self._remove(pruned, indices)
+            difference = self._verify(pruned, indices)
+        if _fingerprint(self.graph.model) != before:
+            raise BenchmarkError("dense network: was changed by the removal, which has to work on a copy")
+        return pruned, difference
 
     def _check(self, indices: FilterIndices) -> None:
         for layer, filters in indices.items():
@@ -108,6 +112,12 @@ class Pruner(ABC):
                 f"(at most {EQUAL_WITHIN:.0e} is rounding); the removal is wrong and its figures would be too"
             )
         return difference
+
+
+def _fingerprint(model: nn.Module) -> list[tuple]:
+    """Which tensors a network holds, and how often each was written to: read without reading a weight."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, id(value), value.shape, value._version, value.requires_grad) for name, value in tensors]
 
 
 class MaskedForward(fx.Interpreter):

@@ -166,6 +166,30 @@ def test_the_dense_network_is_untouched(small):
     assert all(p.requires_grad and p.grad is None for p in pruned.parameters())
 
 
+def test_a_removal_that_changes_the_dense_network_is_caught(small):
+    class Careless(DepGraphPruner):
+        def _remove(self, model, indices):
+            super()._remove(model, indices)
+            with torch.no_grad():
+                self.graph.model.head.bias.add_(0)
+
+    with pytest.raises(BenchmarkError, match="dense network: was changed by the removal"):
+        Careless(small).prune({"inner.0": [0]})
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_frozen_and_unused_layers_are_refused_by_name(pruner):
+    model = Small().double().eval()
+    model.unused = nn.Conv2d(3, 4, 3)
+    model.inner[0].requires_grad_(False)
+    graph = ModelGraph(model, SHAPE)
+    with pytest.raises(BenchmarkError, match="unused: never runs; those that run are stem.0, inner.0"):
+        get_pruner(pruner, graph).prune({"unused": [0]})
+    with pytest.raises(BenchmarkError, match="inner.0: is frozen .requires_grad=False. and stays as it is"):
+        get_pruner(pruner, graph).prune({"inner.0": [0]})
+    assert get_pruner(pruner, graph).prune({"left.0": [0]}).left[0].out_channels == 3
+
+
 def test_nothing_to_remove_is_a_copy(small):
     images = torch.randn(2, *SHAPE, dtype=torch.float64)
     pruned = DepGraphPruner(small).prune({})
