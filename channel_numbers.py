@@ -78,13 +78,18 @@ class ChannelNumbers(fx.Interpreter):
     def tie(self, one: Tensor, other: Tensor, reason: str) -> Tensor:
         """Two tensors combined element by element: their channels stay or go together."""
         one, other = torch.broadcast_tensors(one, other)
-        pairs = torch.stack((one.flatten(), other.flatten())).unique(dim=1)
-        for a, b in pairs.T.tolist():
+        shape = one.shape
+        # A stride of 0 repeats a value, as over the pixels of a channel: looked at once.
+        once = tuple(slice(0, None if a or b else 1) for a, b in zip(one.stride(), other.stride(), strict=True))
+        one, other = one[once], other[once]
+        base = len(self.parent) + 1  # a pair as one number, which sorts faster; FIXED is -1
+        for pair in ((one + 1) * base + other + 1).unique().tolist():
+            a, b = pair // base - 1, pair % base - 1
             if FIXED in (a, b):
                 self.pin(torch.tensor([a, b]), reason)
             else:
                 self.parent[self.find(b)] = self.find(a)
-        return torch.where(one == FIXED, other, one)
+        return torch.where(one == FIXED, other, one).expand(shape)
 
     def run_node(self, node: fx.Node):
         args, kwargs = self.fetch_args_kwargs_from_env(node)
@@ -236,53 +241,59 @@ class ChannelNumbers(fx.Interpreter):
         """Filter number -> the number that stands for all that are tied to it."""
         return torch.tensor([self.find(number) for number in range(len(self.parent))])
 
-    def gone_with(self, indices: dict[str, list[int]]) -> Tensor:
-        """bool: filter number -> whether it goes when these filters of these convolutions do."""
-        numbers = [self.first[layer] + index for layer, filters in indices.items() for index in filters]
-        return torch.isin(self.roots, self.roots[numbers])
-
     def numbers_of(self, layer: str) -> range:
         """The numbers of a convolution's own filters, in their order; none of a depthwise one."""
         start = self.first.get(layer, 0)
         return range(start, start + self.network.conv(layer).out_channels if layer in self.first else start)
 
+    def roots_of(self, layer: str) -> Tensor:
+        """The roots of a convolution's own filters, in their order."""
+        numbers = self.numbers_of(layer)
+        return self.roots[numbers.start : numbers.stop]
+
+    def gone_with(self, indices: dict[str, list[int]]) -> Tensor:
+        """bool: filter number -> whether it goes when these filters of these convolutions do."""
+        numbers = [self.first[layer] + index for layer, filters in indices.items() for index in filters]
+        return torch.isin(self.roots, self.roots[numbers])
+
     @cached_property
     def streams(self) -> dict[str, tuple[str, ...]]:
         """Convolution -> all that share a filter's fate with it, itself among them, in the order of the graph."""
-        lead: dict[str, str] = {}  # union-find over layers, in few steps: few layers are tied
-
-        def find(layer: str) -> str:
-            while lead.setdefault(layer, layer) != layer:
-                layer = lead[layer]
-            return layer
-
-        owners: dict[int, str] = {}
-        for layer in self.first:
-            for number in self.numbers_of(layer):
-                other = owners.setdefault(self.find(number), layer)
-                lead[find(layer)] = find(other)
-        together: dict[str, list[str]] = {}
-        for layer in self.first:
-            together.setdefault(find(layer), []).append(layer)
-        return {layer: tuple(layers) for layers in together.values() for layer in layers}
+        layers = list(self.first)
+        stream = torch.arange(len(layers))  # layer -> the first layer that it is known to be tied to
+        owner = torch.full((len(self.parent),), -1)  # root -> the first layer that has a filter of it
+        for place, layer in enumerate(layers):
+            roots = self.roots_of(layer)
+            earlier = owner[roots]
+            owner[roots[earlier < 0]] = place
+            tied = stream[earlier[earlier >= 0]].unique()
+            if len(tied):
+                stream[torch.isin(stream, tied) | (torch.arange(len(layers)) == place)] = tied[0]
+        together: dict[int, list[str]] = {}
+        for layer, first in zip(layers, stream.tolist(), strict=True):
+            together.setdefault(first, []).append(layer)
+        return {layer: tuple(members) for members in together.values() for layer in members}
 
     def aligned(self, layer: str) -> bool:
         """Whether each filter of `layer` is tied to exactly one filter of every convolution that it is tied to."""
-        fates = [[self.find(number) for number in self.numbers_of(other)] for other in self.streams[layer]]
-        return all(len(set(fate)) == len(fate) and set(fate) == set(fates[0]) for fate in fates)
+        own = self.roots_of(layer).unique()
+        return all(
+            len(roots := self.roots_of(other)) == len(own) and torch.equal(roots.unique(), own)
+            for other in self.streams[layer]
+        )
 
     def places(self, lead: str, layer: str) -> Tensor:
         """int64, for each filter of `lead` the filter of `layer` that is tied to it; the two are aligned."""
-        place = {self.find(number): index for index, number in enumerate(self.numbers_of(layer))}
-        return torch.tensor([place[self.find(number)] for number in self.numbers_of(lead)])
+        place = {root: index for index, root in enumerate(self.roots_of(layer).tolist())}
+        return torch.tensor([place[root] for root in self.roots_of(lead).tolist()])
 
     def reasons(self, tied_together: bool = False) -> dict[str, str]:
         """Convolution -> why its filters cannot go; with `tied_together`, filters that are tied may all go as one."""
         pinned = {self.find(number): reason for number, reason in self.pinned.items()}
         reasons = dict(self.followers)
         for layer in self.first:
-            fates = [self.find(number) for number in self.numbers_of(layer)]
             own = [self.pinned[number] for number in self.numbers_of(layer) if number in self.pinned]
+            fates = self.roots_of(layer).tolist()
             held = own or [f"tied to filters that stay: {pinned[fate]}" for fate in fates if fate in pinned]
             others = [other for other in self.streams[layer] if other != layer]
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""

@@ -50,7 +50,7 @@ class Pruner(ABC):
         """As `prune`, and by how much the outputs differ from the masked network's, as a share of the largest one."""
         self._check(indices)
         before = _fingerprint(self.graph.model)
-        pruned = copy.deepcopy(self.graph.model).eval()
+        pruned = self._copy().eval()
         difference = 0.0
         if any(indices.values()):
             self._remove(pruned, indices)
@@ -58,6 +58,9 @@ class Pruner(ABC):
         if _fingerprint(self.graph.model) != before:
             raise BenchmarkError("dense network: was changed by the removal, which has to work on a copy")
         return pruned, difference
+
+    def _copy(self) -> nn.Module:
+        return copy.deepcopy(self.graph.model)
 
     def _check(self, indices: FilterIndices) -> None:
         for layer, filters in indices.items():
@@ -84,10 +87,12 @@ class Pruner(ABC):
         channels = self.graph.channels
         gone = channels.gone_with(indices)
         for layer in channels.first:
-            left = set(channels.numbers_of(layer)[index] for index in indices.get(layer, ()))
-            if tied := [number for number in channels.numbers_of(layer) if gone[number] and number not in left]:
+            numbers = channels.numbers_of(layer)
+            left = gone[numbers.start : numbers.stop].clone()
+            left[list(indices.get(layer, ()))] = False
+            if left.any():
                 raise BenchmarkError(
-                    f"{layer}: its filter {tied[0] - channels.first[layer]} is tied to one that is to go, and has to "
+                    f"{layer}: its filter {int(left.nonzero()[0])} is tied to one that is to go, and has to "
                     f"go with it; the layers tied together are {', '.join(self.graph.streams[layer])}"
                 )
 
@@ -176,6 +181,26 @@ class DepGraphPruner(Pruner):
 
 class StructurePruner(Pruner):
     """Removal by our own graph: every filter followed to whatever reads it, and each layer sliced once."""
+
+    def _copy(self) -> nn.Module:
+        """The dense tensors themselves in new modules: most are sliced, which copies what is left, the rest later."""
+        dense = self.graph.model
+        memo = {id(value): value for value in (*dense.parameters(), *dense.buffers())}
+        return copy.deepcopy(dense, memo)
+
+    def prune_and_prove(self, indices: FilterIndices) -> tuple[nn.Module, float]:
+        pruned, difference = super().prune_and_prove(indices)
+        shared = {id(value) for value in (*self.graph.model.parameters(), *self.graph.model.buffers())}
+        own: dict[int, Tensor] = {}  # one copy of a tensor that several layers hold
+        for module in pruned.modules():
+            for name, value in [*module._parameters.items(), *module._buffers.items()]:
+                if id(value) in shared:
+                    if id(value) not in own:
+                        own[id(value)] = value.detach().clone()
+                        if isinstance(value, nn.Parameter):
+                            own[id(value)] = nn.Parameter(own[id(value)], requires_grad=value.requires_grad)
+                    setattr(module, name, own[id(value)])
+        return pruned, difference
 
     def _remove(self, model: nn.Module, indices: FilterIndices) -> None:
         numbers = self.graph.channels

@@ -166,6 +166,17 @@ def test_the_dense_network_is_untouched(small):
     assert all(p.requires_grad and p.grad is None for p in pruned.parameters())
 
 
+@pytest.mark.parametrize("indices", [{}, {"left.0": [1]}])
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_the_pruned_network_shares_no_memory_with_the_dense_one(small, pruner, indices):
+    pruned = get_pruner(pruner, small).prune(indices)
+    before = copy.deepcopy(small.model.state_dict())
+    for value in pruned.state_dict().values():
+        value.zero_()
+    assert all(torch.equal(before[key], value) for key, value in small.model.state_dict().items())
+    assert not {id(p) for p in pruned.parameters()} & {id(p) for p in small.model.parameters()}
+
+
 def test_a_removal_that_changes_the_dense_network_is_caught(small):
     class Careless(DepGraphPruner):
         def _remove(self, model, indices):
