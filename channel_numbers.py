@@ -7,6 +7,7 @@ From where they arrive follows which filters can go, what goes with them, and wh
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -60,6 +61,7 @@ class ChannelNumbers(fx.Interpreter):
         self.pinned: dict[int, str] = {}  # filter number -> why it must stay
         self.inputs: dict[str, Tensor] = {}  # node that consumes channels -> their numbers
         self.outputs: dict[str, Tensor] = {}  # convolution -> the numbers of its output channels
+        self.runs = Counter(node.target for node in graph.module.graph.nodes if node.op == "call_module")
         self.taps = {graph.tap(layer).node for layer in graph.convs}
         self.followers: dict[str, str] = {}  # depthwise convolution -> the reason it has no filters of its own
         self.run(torch.full((1, *graph.input_shape), FIXED))
@@ -124,6 +126,9 @@ class ChannelNumbers(fx.Interpreter):
     def _module(self, node: fx.Node, module: nn.Module, numbers: Tensor, args: tuple):
         if isinstance(module, nn.Conv2d):
             return self._conv(node, module, numbers)
+        if isinstance(module, (nn.Linear, *NORMS)) and self.runs[node.target] > 1:
+            self.pin(numbers, f"{node.target} runs more than once")
+            return self._like(node) if isinstance(module, nn.Linear) else self._shifted(node, numbers)
         if isinstance(module, nn.Linear):
             self.inputs[node.name] = self._along(node, numbers, -1)
             return self._like(node)
@@ -161,7 +166,7 @@ class ChannelNumbers(fx.Interpreter):
     def _function(self, node: fx.Node, args: tuple, kwargs: dict):
         target = node.target
         if target in ADDS or target in PRODUCTS:
-            tensors = [value for value in args[:2] if isinstance(value, Tensor)]
+            tensors = tensors_in((args, kwargs))
             if len(tensors) == 1:
                 return self._shifted(node, tensors[0]) if target in ADDS else tensors[0]
             word = "a residual add" if target in ADDS else "a product"
@@ -179,6 +184,10 @@ class ChannelNumbers(fx.Interpreter):
         if target in RESHAPES:
             move = getattr(torch.Tensor, target) if isinstance(target, str) else target
             moved = move(*args, **kwargs)
+            if target is torch.cat:
+                dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % moved.dim()
+                if dim != 1 and (moved != moved.narrow(dim, 0, 1)).any():
+                    self._by_place(node, moved)  # side by side in space, both need the same channels
             if target in CUTS and isinstance(args[0], Tensor):
                 self._cut(node, args[0], moved)
             return moved
@@ -213,6 +222,8 @@ class ChannelNumbers(fx.Interpreter):
         return reshaped
 
     def _pooled(self, node: fx.Node, numbers: Tensor) -> Tensor:
+        if numbers.dim() != 4 or (numbers != numbers[:, :, :1, :1]).any():
+            raise ValueError("a pool over channels of several filters")
         return numbers[:, :, :1, :1].expand(node.meta["tensor_meta"].shape)
 
     def _mean(self, numbers: Tensor, *args, **kwargs) -> Tensor:

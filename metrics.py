@@ -29,7 +29,7 @@ _FREE = frozenset(
         *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_max_pool2d"),
         *("dropout", "feature_dropout", "channel_shuffle", "pixel_shuffle", "softmax", "log_softmax", "softplus"),
         *("hardtanh", "hardsigmoid", "hardswish", "leaky_relu", "prelu", "relu6", "celu", "elu", "selu", "gelu"),
-        *("silu", "sigmoid", "tanh", "mish", "pad"),
+        *("silu", "sigmoid", "tanh", "mish", "pad", "index_select"),
     )
 )
 

@@ -53,8 +53,17 @@ class Pruner(ABC):
         pruned = self._copy().eval()
         difference = 0.0
         if any(indices.values()):
-            self._remove(pruned, indices)
-            difference = self._verify(pruned, indices)
+            try:
+                self._remove(pruned, indices)
+                difference = self._verify(pruned, indices)
+            except BenchmarkError:
+                raise
+            except Exception as error:  # whatever a network raises whose parts do not fit together
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise BenchmarkError(
+                    f"pruned network: does not run beside the masked dense one ({reason}); this network holds an "
+                    "operation that the removal does not follow, or gives other than one tensor of logits"
+                ) from error
         if _fingerprint(self.graph.model) != before:
             raise BenchmarkError("dense network: was changed by the removal, which has to work on a copy")
         return pruned, difference

@@ -250,7 +250,6 @@ BINDS = {
     "largest of channels": (lambda net, x: x * torch.max(x, 1, keepdim=True)[0], 4, None, "it feeds max_1 (max)"),
     "sum of a stack": (lambda net, x: torch.stack([x, x]).sum(0), 4, None, "it feeds stack (stack)"),
     "einsum": (lambda net, x: torch.einsum("nchw,nchw->nchw", [x, x]), 4, None, "it feeds einsum (einsum)"),
-    "add by keyword": (lambda net, x: torch.add(input=x, other=x), 4, None, "it feeds add (add)"),
     "group norm": (lambda net, x: net.module(x), 4, nn.GroupNorm(2, 4), "it feeds module (GroupNorm)"),
     "softmax": (lambda net, x: torch.softmax(x, 1), 4, None, "it feeds softmax (softmax)"),
     "shuffle": (lambda net, x: net.module(x), 4, nn.ChannelShuffle(2), f"module {PLACE}"),
@@ -463,3 +462,35 @@ def test_a_layer_whose_output_only_gives_a_size_is_named():
     graph = graph_of(lively(DeadSize()))
     with pytest.raises(BenchmarkError, match="dead: no way leads from it to the output"):
         get_criterion("lrp").score(graph, graph.convs, batches(*images_and_labels(6)))
+
+
+class Odd(nn.Module):
+    """Two convolutions, and after them whatever `forward` of the case does."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+        self.a, self.b, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.fc, self.wide = nn.Linear(4, 5), nn.Linear(4 * 6 * 3, 5)
+
+    def forward(self, x):
+        return self.case(self, self.a(x), self.b(x))
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (lambda net, a, b: net.fc(torch.mul(a, other=b).mean((2, 3))), "on a residual stream: tied to"),
+        (lambda net, a, b: net.fc(torch.add(input=a, other=b).mean((2, 3))), "on a residual stream: tied to"),
+        (lambda net, a, b: net.fc(a.mean((2, 3))) + net.fc(b.mean((2, 3))), "fc runs more than once"),
+        (lambda net, a, b: net.fc((net.bn(a) + net.bn(b)).mean((2, 3))), "bn runs more than once"),
+        (lambda net, a, b: net.fc(F.adaptive_avg_pool2d(torch.cat((a, b), 2), 1).flatten(1)), "by their place"),
+        (lambda net, a, b: net.fc(F.adaptive_avg_pool2d(torch.cat((a, b), dim=-1), 1).flatten(1)), "by their place"),
+        (lambda net, a, b: net.wide(F.max_pool2d(torch.cat((a, b), 1).permute(0, 2, 3, 1), (2, 2)).flatten(1)),
+         "it feeds max_pool2d"),
+    ],
+)  # fmt: skip
+def test_what_is_not_followed_is_left_out_by_name(case, reason):
+    graph = graph_of(lively(Odd(case)))
+    assert graph.prunable == () and all(reason in why or "tied to" in why for why in graph.left_out.values())
+    assert any(reason in why for why in graph.left_out.values())
