@@ -168,6 +168,8 @@ class ChannelNumbers(fx.Interpreter):
         if target in ADDS or target in PRODUCTS:
             tensors = tensors_in((args, kwargs))
             if len(tensors) == 1:
+                if len(node.all_input_nodes) > 1:  # with a number worked out, as from how many channels there are
+                    return self._unknown(node, args, kwargs)
                 return self._shifted(node, tensors[0]) if target in ADDS else tensors[0]
             word = "a residual add" if target in ADDS else "a product"
             return self.tie(*tensors, f"it is joined by {word} with channels that must stay")

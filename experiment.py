@@ -168,7 +168,7 @@ class Experiment:
                 **{"stage": stage, "ratio": ratio, "torch": torch.__version__, "dense_weights": self.dense.key},
             },
         )
-        folder, name = self.path.parent / "models", f"{stage}_{ratio:g}"
+        folder, name = self.path.parent / "models", f"{stage}_{ratio!r}"
         save_pruned_model(folder / f"{name}.npz", model, structure)
         try:
             export_onnx(folder / f"{name}.onnx", model, self.factory.input_shape)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from errors import BenchmarkError
 from helpers import evaluating
-from models import build
+from models import ARCHITECTURES, build
 from records import write_whole
 from scatter import SOURCES, put_back
 
@@ -118,8 +118,30 @@ def _read(path: str | Path) -> tuple[Structure, dict[str, Tensor]]:
         lists = ("class_names", "class_indices", "input_shape", "mean", "std")
         for name, strides in values["strides"].items():
             state[name] = _laid_out(state[name], tuple(strides))
+        if not all(isinstance(values[name], list) for name in lists):
+            raise ValueError("its structure is not whole")
         structure = Structure(**values | {name: tuple(values[name]) for name in lists})
+        _check(structure, state)
     return structure, state
+
+
+def _check(structure: Structure, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for what cannot all be true of one network."""
+    if structure.architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {structure.architecture!r} is none of {', '.join(ARCHITECTURES)}")
+    if len(structure.class_indices) != len(structure.class_names) or not all(
+        isinstance(name, str) for name in structure.class_names
+    ):
+        raise ValueError("class_names and class_indices do not fit each other")
+    channels = (*structure.mean, *structure.std)
+    if len(structure.mean) != len(structure.std) or not all(isinstance(value, float | int) for value in channels):
+        raise ValueError("mean and std do not fit each other")
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        made = int(value.max()) if name.endswith(f".{SOURCES}") else 0
+        if made and value[value < made].tolist() != list(range(made)):
+            raise ValueError(f"{name} is not in the order of its filters")
 
 
 def _laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -176,7 +198,7 @@ def export_onnx(path: str | Path, model: nn.Module, input_shape: tuple[int, int,
     for exporter in (_current_exporter, _earlier_exporter):
         try:
             with evaluating(model), _quiet():
-                content = exporter(model, torch.zeros(2, *input_shape, dtype=torch.float32))
+                content = exporter(model, torch.zeros(2, *input_shape, device=next(model.parameters()).device))
                 difference = _difference(content, model, input_shape)
         except Exception as error:  # the exporters raise whatever they trip over
             reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)

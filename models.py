@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torchvision.models as zoo
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from errors import BenchmarkError
+from scatter import Tracer
 from settings import IMAGENET_CLASSES
 
 SHOWN_ENTRIES = 5  # how many keys a message about unfitting weights names
@@ -141,7 +142,7 @@ def head_name(model: nn.Module) -> str:
     candidates = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     candidates = candidates or [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
     try:
-        nodes = list(fx.Tracer().trace(model).nodes)
+        nodes = list(Tracer().trace(model).nodes)
     except Exception:  # data-dependent control flow; tracing runs the model's own code, which may raise anything
         nodes = []
     needed = {node for node in nodes if node.op == "output"}

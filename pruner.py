@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
 
 import torch
 import torch_pruning
@@ -20,8 +21,9 @@ from helpers import evaluating
 from scatter import put_back
 from structure import ModelGraph, dependency_graph
 
-# Of the largest output: what float32 rounding leaves of two equal networks, with room for the deepest.
-EQUAL_WITHIN = 1e-3
+# Of the largest output: what rounding leaves of two equal networks, with room for the deepest.
+EQUAL_WITHIN = {torch.float64: 1e-9, torch.float32: 1e-4}
+EQUAL_WITHIN_HALF = 1e-2
 
 
 class Pruner(ABC):
@@ -33,6 +35,8 @@ class Pruner(ABC):
 
     def __init__(self, graph: ModelGraph):
         self.graph = graph
+        modules = graph.model.modules()
+        self.holders = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
 
     @abstractmethod
     def _remove(self, model: nn.Module, indices: FilterIndices) -> None:
@@ -82,10 +86,19 @@ class Pruner(ABC):
                     f"{layer}: is frozen (requires_grad=False) and stays as it is; leave it out, or free it with "
                     "requires_grad_(True)"
                 )
+            weight = self.graph.conv(layer)._parameters.get("weight")
+            if filters and (weight is None or self.holders[id(weight)] > 1):
+                raise BenchmarkError(
+                    f"{layer}: its weight is shared with another layer or worked out from others (as by weight_norm), "
+                    "and cannot be cut by itself"
+                )
             if filters and layer in self.graph.left_out:
                 reason = self.graph.left_out[layer]
                 raise BenchmarkError(f"{layer}: its filters cannot be removed on their own: {reason}")
             width = self.graph.conv(layer).out_channels
+            odd = [index for index in filters if isinstance(index, bool) or not isinstance(index, int)]
+            if odd:
+                raise BenchmarkError(f"{layer}: {odd[0]!r} is no index of a filter; whole numbers are needed")
             outside = [index for index in filters if not 0 <= index < width]
             if outside:
                 raise BenchmarkError(f"{layer}: has no filter {outside[0]}; valid: 0 to {width - 1}")
@@ -120,10 +133,11 @@ class Pruner(ABC):
         if actual.shape != expected.shape:
             raise BenchmarkError(f"pruned network: gives {tuple(actual.shape)}, the dense one {tuple(expected.shape)}")
         difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-        if not difference <= EQUAL_WITHIN:
+        limit = EQUAL_WITHIN.get(parameter.dtype, EQUAL_WITHIN_HALF)
+        if not difference <= limit:
             raise BenchmarkError(
                 f"pruned network: its outputs differ from the masked dense network's by {difference:.1e} of their size "
-                f"(at most {EQUAL_WITHIN:.0e} is rounding); the removal is wrong and its figures would be too"
+                f"(at most {limit:.0e} is rounding); the removal is wrong and its figures would be too"
             )
         return difference
 

@@ -7,7 +7,7 @@ longer: the layer makes those that are left, and zeros stand where the others we
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from channel_numbers import SHIFTING
 
@@ -27,6 +27,13 @@ class _PutBack:
 
 # One class a kind, of the same names, parameters and options as the layer it takes the place of.
 KINDS = {kind: type(f"PutBack{kind.__name__}", (_PutBack, kind), {}) for kind in (nn.Conv2d, nn.BatchNorm2d, *SHIFTING)}
+
+
+class Tracer(fx.Tracer):
+    """torch.fx's, to which a layer that puts its outputs back is one layer."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _PutBack) or super().is_leaf_module(module, name)
 
 
 def put_back(layer: nn.Module, sources: Tensor) -> None:

@@ -130,27 +130,29 @@ class PruningSelection:
     def shortfall(self, graph: ModelGraph, ratio: float, indices: FilterIndices) -> str | None:
         """What a reader must know when fewer filters go than the ratio asks for, else None.
 
-        Filters that go together count once. A method that is not exact (OCAP's union) achieves less by its nature, and
+        A method that is not exact (OCAP's union) achieves less by its nature, and
         the achieved ratio says how much; only where it removes nothing at all is that worth a word.
         """
         asked = self._asked(graph, ratio)
-        removed = sum(len(indices.get(layer, ())) for layer in self._leads(graph))
-        held = self.criterion.exact or self._asked(graph, ratio, self.min_filters) < asked
+        removed = sum(map(len, indices.values()))
+        exact = self.criterion.exact
+        held = exact or self.round_to > 1 or self._asked(graph, ratio, self.min_filters) < asked
         if removed >= asked or (removed and not held):
             return None
-        reason = f"{self._floor()} stay" if held else self.criterion.none_because
+        reasons = [f"{self._floor()} stay"] * held
+        if exact and graph.residual == "coupled" and self.scope == "global":
+            reasons.append("filters that go together count once in the ranking")
+        if not exact:
+            reasons.append(self.criterion.none_because if not removed else "the method removes what it agrees on alone")
+        reason = ", and ".join(reasons)
         return f"{removed} filters go at ratio {ratio:g}, which asks for {asked}: {reason}"
 
     def _asked(self, graph: ModelGraph, ratio: float, min_filters: int = 0) -> int:
         """How many filters a ratio asks for; with a floor, how many of them each layer can spare at most."""
-        widths = [graph.conv(layer).out_channels for layer in self._leads(graph)]
+        widths = [graph.conv(layer).out_channels for layer in self.layers(graph)]
         if self.scope == "layer":
             return sum(max(min(share_of(ratio, width), width - min_filters), 0) for width in widths)
         return min(share_of(ratio, sum(widths)), sum(max(width - min_filters, 0) for width in widths))
-
-    def _leads(self, graph: ModelGraph) -> list[str]:
-        """The layers in which filters are chosen, one for all whose filters go together."""
-        return [layer for layer in self.layers(graph) if self._lead(graph, layer) == layer]
 
     def _floor(self) -> str:
         multiple = f" and a multiple of pruning.round_to={self.round_to}" if self.round_to > 1 else ""

@@ -11,6 +11,7 @@ from torch import nn
 
 from errors import BenchmarkError
 from filter_selection import get_criterion
+from models import replace_head
 from pruner import PRUNERS, DepGraphPruner, get_pruner
 from structure import ModelGraph
 from tests.oracles import masked
@@ -246,3 +247,70 @@ def test_a_prune_that_changes_nothing_is_an_error(small):
 
     with pytest.raises(BenchmarkError, match="inner.0: 2 filters were to go, but 0 of 5 went"):
         Lazy(small).prune({"inner.0": [0, 1]})
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_weights_that_are_not_a_layers_own_are_refused(pruner):
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(108, 2)).eval()
+
+    shared, normed = net(), net()
+    shared[1].weight = shared[0].weight
+    nn.utils.parametrizations.weight_norm(normed[0])
+    for model in (shared, normed):
+        with pytest.raises(BenchmarkError, match="0: its weight is shared with another layer or worked out"):
+            get_pruner(pruner, ModelGraph(model, (3, 8, 8))).prune({"0": [1]})
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_a_network_of_two_outputs_is_refused_in_one_message(pruner):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.conv(x).mean((2, 3))
+            return self.one(x), self.two(x)
+
+    with pytest.raises(BenchmarkError, match="or gives other than one tensor of logits"):
+        get_pruner(pruner, ModelGraph(Two().eval(), (3, 8, 8))).prune({"conv": [1]})
+
+
+@pytest.mark.parametrize("index", [1.0, True, "1", None])
+def test_an_index_that_is_no_whole_number_is_refused(small, index):
+    with pytest.raises(BenchmarkError, match="inner.0: .* is no index of a filter"):
+        get_pruner("structure", small).prune({"inner.0": [index]})
+
+
+def test_a_slip_too_small_for_the_eye_is_caught(small):
+    class Careless(DepGraphPruner):
+        def _remove(self, model, indices):
+            super()._remove(model, indices)
+            with torch.no_grad():
+                model.head.bias.add_(1e-6)
+
+    with pytest.raises(BenchmarkError, match="at most 1e-09 is rounding"):
+        Careless(small).prune({"inner.0": [0]})
+
+
+def test_the_head_of_a_network_with_outputs_put_back_is_the_one_that_answers():
+    class Embedded(nn.Module):
+        """The last linear layer that is defined is not the last that runs."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+            self.back, self.back_bn = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+            self.head, self.embed = nn.Linear(8, 5), nn.Linear(6, 8)
+
+        def forward(self, x):
+            x = self.bn(self.stem(x))
+            x = torch.relu(x + self.back_bn(self.back(x)))
+            return self.head(self.embed(x.mean((2, 3))))
+
+    graph = ModelGraph(lively(Embedded()), (3, 8, 8), "scatter")
+    pruned = get_pruner("structure", graph).prune({"back": [0, 3], "stem": [1]})
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(replace_head(pruned, [4, 1])(images), pruned(images)[:, [4, 1]])

@@ -164,7 +164,7 @@ def test_a_shortfall_is_said(graphs):
         "stem": 2, "conv1": 1, "conv2": 3, "shortcut": 3,
     }  # fmt: skip
     assert selection.shortfall(graphs["coupled"], 0.5, indices) == (
-        "6 filters go at ratio 0.5, which asks for 8: pruning.min_filters=1 and a multiple of pruning.round_to=4 stay"
+        "9 filters go at ratio 0.5, which asks for 11: pruning.min_filters=1 and a multiple of pruning.round_to=4 stay"
     )
 
 
