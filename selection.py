@@ -130,8 +130,8 @@ class PruningSelection:
     def shortfall(self, graph: ModelGraph, ratio: float, indices: FilterIndices) -> str | None:
         """What a reader must know when fewer filters go than the ratio asks for, else None.
 
-        A method that is not exact (OCAP's union) achieves less by its nature, and
-        the achieved ratio says how much; only where it removes nothing at all is that worth a word.
+        A method that is not exact (OCAP's union) achieves less by its nature, and the achieved ratio says how much.
+        That is worth a word only where it removes nothing, or where a floor or `round_to` may have kept some.
         """
         asked = self._asked(graph, ratio)
         removed = sum(map(len, indices.values()))
