@@ -159,6 +159,16 @@ class DataLoaderFactory(ABC):
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
+    def describe(self) -> dict[str, Any]:
+        """What the data are, as JSON can hold it: `fingerprint()`, and of each part the images of each class."""
+        names = self.class_names
+        counts = {
+            part: dict(zip(names, torch.bincount(self._labels_of(part), minlength=len(names)).tolist(), strict=True))
+            for part in self._rows
+        }
+        labels = {part: hashlib.sha256(self._labels_of(part).numpy().tobytes()).hexdigest() for part in self._rows}
+        return {"fingerprint": self.fingerprint(), "labels_sha256": labels, "images": counts}
+
     # How it is done
 
     def _find(self) -> Any:

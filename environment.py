@@ -20,16 +20,17 @@ VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # they decide how fast the C
 CODE = Path(__file__).resolve().parent
 
 
-def environment(settings: Any) -> dict[str, Any]:
+def environment(settings: Any, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A plain dict for environment.json; what does not exist or cannot be found out is None.
 
-    `settings` (dataclass or dict) enters by its hash and its device. Imports torch, which answers for threads and GPUs.
-    Raises ConfigError for a device that is not there.
+    `settings` (dataclass or dict) enters by its hash and its device, `data` as it is. Imports torch, which answers for
+    threads and GPUs. The entry `hash` stands for all others but the time. Raises ConfigError for a device that is not
+    there.
     """
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
+    found = {
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "config_hash": config_hash(settings),
         **code_version(CODE),
@@ -37,6 +38,7 @@ def environment(settings: Any) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
+        "cpu_governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "cores": os.cpu_count(),
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": _device(settings),
@@ -46,7 +48,10 @@ def environment(settings: Any) -> dict[str, Any]:
         "gpu": gpus[0] if gpus else None,
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
+        "gpu_driver": _first_line("/proc/driver/nvidia/version"),
+        "data": dict(data) if data is not None else None,
     }
+    return found | {"hash": config_hash({key: value for key, value in found.items() if key != "time_utc"})}
 
 
 def config_hash(settings: Any) -> str:
@@ -113,6 +118,14 @@ def _device(settings: Any) -> str | None:
         return None
     device = resolve_device(wanted)
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _first_line(path: str) -> str | None:
+    """Of a file in which the system tells something about itself."""
+    try:
+        return next(iter(Path(path).read_text().splitlines()), "").strip() or None
+    except OSError:
+        return None
 
 
 def _cpu_model() -> str | None:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from batch_loaders import Relabelled
+from bookkeeping import accuracy_fields, size_fields, timings
 from cache import DenseModel
 from data_factory import DataLoaderFactory
+from disk import write_arrays, write_whole
 from errors import BenchmarkError
 from filter_selection import FilterIndices
 from helpers import derive_seed
-from metrics import Measurement, measure_inference_time_and_accuracy
+from memory import peak_memory
+from metrics import Bench, Measurement, measure_inference_time_and_accuracy
 from models import replace_head
 from pruner import Pruner
 from records import Record, append_record, config_hash
 from selection import PruningSelection
 from settings import Settings
 from structure import ModelGraph
+from tracking import Tracker
 from training import fit, retraining_plan, validate
 
 log = logging.getLogger(__name__)
@@ -30,6 +36,8 @@ log = logging.getLogger(__name__)
 
 class Experiment:
     """Measures a dense network and its pruned forms on equal terms; each record is on disk before the next begins.
+
+    A context manager, since measuring keeps a process.
 
     Args:
         settings: the checked configuration.
@@ -39,6 +47,8 @@ class Experiment:
         selector: which filters go, and which layers are left out.
         dense: the trained network and where it is from.
         graph: its graph.
+        environment_hash: of environment.json.
+        tracker: is told of what happens.
     """
 
     def __init__(
@@ -50,24 +60,40 @@ class Experiment:
         selector: PruningSelection,
         dense: DenseModel,
         graph: ModelGraph,
+        environment_hash: str,
+        tracker: Tracker,
     ):
         self.settings = settings
         self.factory = factory
         self.device = device
-        self.path = run_dir / "records.jsonl"
+        self.run_dir = run_dir
         self.left_out = left_out = selector.left_out(graph)
         self.selector = selector
         self.dense = dense
         self.graph = graph
+        self.tracker = tracker
         self.loaders = factory.get_subset_dataloaders()
         self.widths = {layer: graph.conv(layer).out_channels for layer in graph.convs}
         self.prunable = sum(width for layer, width in self.widths.items() if layer not in left_out)
-        self.scoring_seconds = 0.0
+        self.scoring_costs: dict[str, Any] = {}
         self.records: list[Record] = []
+        self.samples: dict[str, Sequence[float]] = {}  # of latency.npz
+        self.confusions: dict[str, Any] = {}  # of confusion.npz
+        # The first test batch of the selected classes: every network of a run is timed on the same images.
+        images = next(iter(self.loaders.test))[0]
+        self.bench = Bench(
+            dense.model,
+            images,
+            device=device,
+            latency=settings.latency,
+            onnx=settings.inference_with_onnx,
+            seed=settings.seed,
+        )
         fingerprint = config_hash(settings)
         self.identity = {
             "run_id": f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{fingerprint[:8]}",
             "config_hash": fingerprint,
+            "environment_hash": environment_hash,
             "seed": settings.seed,
             "method": settings.pruning.name,
             "dataset": settings.dataset.name,
@@ -85,19 +111,20 @@ class Experiment:
             "training_seconds": dense.training_seconds,
         }
 
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bench.__exit__(*error)
+
     def measure_dense(self) -> None:
         """The dense network with all logits, on the test images of all classes, the selected ones among them."""
         log.info("Measuring the dense network ...")
+        test = self.factory.get_dataloaders().test
         measured = measure_inference_time_and_accuracy(
-            self.dense.model,
-            self.factory.get_dataloaders().test,
-            num_classes=len(self.settings.class_names),
-            device=self.device,
-            repeats=self.settings.latency.repeats,
-            warmup=self.settings.latency.warmup,
-            latency_batch=self._latency_batch(),
+            self.dense.model, test, len(self.settings.class_names), self.bench
         )
-        self.reference = measured
+        self.reference = measured.footprint
         self._record(self.dense.model, measured, stage="dense", ratio=0.0, indices={}, head="all")
 
     def measure_ratio(self, ratio: float, indices: FilterIndices, pruner: Pruner) -> None:
@@ -105,21 +132,29 @@ class Experiment:
         removed = sum(map(len, indices.values()))
         log.info("Ratio %g: removing %d of %d prunable filters ...", ratio, removed, self.prunable)
         notes = list(filter(None, [self.selector.shortfall(self.graph, ratio, indices)]))
-        start = time.perf_counter()
-        pruned, difference = pruner.prune_and_prove(indices)  # the proof is a part of what a removal costs here
-        if self.settings.replace_last_layer:
-            pruned = replace_head(pruned, self.settings.selected_classes)
-        costs = {"removal_seconds": time.perf_counter() - start, "difference_from_masked": difference}
+        with peak_memory(self.device) as peak:
+            start = time.perf_counter()
+            pruned, difference = pruner.prune_and_prove(indices)  # the proof is a part of what a removal costs here
+            if self.settings.replace_last_layer:
+                pruned = replace_head(pruned, self.settings.selected_classes)
+            seconds = time.perf_counter() - start
+        costs = self.scoring_costs | {"removal_seconds": seconds, "removal_peak_bytes": peak.bytes}
+        costs["difference_from_masked"] = difference
         common = {"ratio": ratio, "indices": indices, "head": self._head()}
-        self._record(pruned, self._measure(pruned), stage="pruned", notes=notes, **common, **costs)
+        measured = self._measure(pruned)
+        first, second = self._record(pruned, measured, stage="pruned", notes=notes, **common, **costs), None
         if self.settings.training.retrain_after_pruning:
-            retrained, seconds, fell = self._retrained(pruned, ratio)
-            costs["retraining_seconds"] = seconds
+            with peak_memory(self.device) as peak:
+                retrained, spent, fell = self._retrained(pruned, ratio)
+            costs |= spent | {"retraining_peak_bytes": peak.bytes}
             notes = [*notes, fell] if fell else notes
-            self._record(retrained, self._measure(retrained), stage="retrained", notes=notes, **common, **costs)
+            # The same shapes: what follows from them is known.
+            measured = self._measure(retrained, footprint=measured.footprint)
+            second = self._record(retrained, measured, stage="retrained", notes=notes, **common, **costs)
+        self.tracker.ratio(self.records[0], first, second)
 
-    def _retrained(self, pruned: nn.Module, ratio: float) -> tuple[nn.Module, float, str | None]:
-        """The retrained network, the seconds, and a word where the validation images say that it got worse.
+    def _retrained(self, pruned: nn.Module, ratio: float) -> tuple[nn.Module, dict[str, Any], str | None]:
+        """The retrained network, its costs, and a word where the validation images say that it got worse.
 
         Logits are in the order of the class indices while it trains: sums over them round by their order, so that a
         list in another order would otherwise train another network.
@@ -143,14 +178,20 @@ class Experiment:
         )
         model = replace_head(result.model, places.tolist()) if reordered else result.model
         after = result.history[result.best_epoch - 1].validation_accuracy if result.history else before
+        self.tracker.curve(f"retraining/ratio_{ratio:g}", result.history)
         fell = f"retraining lowered the accuracy on validation images, from {before:.4f} to {after:.4f}"
-        return model, result.seconds, fell if after < before else None
+        images = train.num_images * len(result.history)
+        costs = {"retraining_seconds": result.seconds, "retraining_images": images}
+        return model, costs, fell if after < before else None
 
-    def _saved(self, model: nn.Module, stage: str, ratio: float, head: str) -> tuple[list[str], list[str]]:
+    def _saved(
+        self, model: nn.Module, measured: Measurement, stage: str, ratio: float, head: str
+    ) -> tuple[list[str], list[str]]:
         """The files that a pruned network was written to, where that is asked for, and what kept it from ONNX."""
         if not self.settings.save_pruned_models or stage == "dense":
             return [], []
-        from export import export_onnx, save_pruned_model, structure_of  # ONNX Runtime's exporters take a second
+        from export import save_pruned_model, structure_of
+        from onnx_network import exported  # takes a second
 
         indices = self.settings.selected_classes if head == "selected" else range(len(self.settings.class_names))
         structure = structure_of(
@@ -168,13 +209,19 @@ class Experiment:
                 **{"stage": stage, "ratio": ratio, "torch": torch.__version__, "dense_weights": self.dense.key},
             },
         )
-        folder, name = self.path.parent / "models", f"{stage}_{ratio!r}"
+        folder, name = self.run_dir / "models", f"{stage}_{ratio!r}"
         save_pruned_model(folder / f"{name}.npz", model, structure)
-        try:
-            export_onnx(folder / f"{name}.onnx", model, self.factory.input_shape)
-        except BenchmarkError as error:
-            return [f"models/{name}.npz"], [str(error)]
-        return [f"models/{name}.npz", f"models/{name}.onnx"], []
+        saved, trouble = [f"models/{name}.npz"], []
+        content = measured.onnx and measured.onnx.content
+        if measured.onnx is None:
+            try:
+                content = exported(model, self.factory.input_shape, self.bench.images).content
+            except BenchmarkError as error:
+                trouble.append(f"{name}: {error}")
+        if content is not None:
+            write_whole(folder / f"{name}.onnx", content)
+            saved.append(f"models/{name}.onnx")
+        return saved, trouble
 
     def _without_rivals(self, head: str) -> list[str]:
         single = head == "selected" and len(self.settings.selected_classes) == 1
@@ -183,20 +230,9 @@ class Experiment:
     def _head(self) -> str:
         return "selected" if self.settings.replace_last_layer else "all"
 
-    def _latency_batch(self) -> torch.Tensor:
-        """The first test batch of the selected classes: every network of a run is timed on the same images."""
-        return next(iter(self.loaders.test))[0]
-
-    def _measure(self, model: nn.Module) -> Measurement:
+    def _measure(self, model: nn.Module, **known: Any) -> Measurement:
         classes = self.settings.selected_classes if self._head() == "selected" else self.settings.class_names
-        return measure_inference_time_and_accuracy(
-            model,
-            self.loaders.test,
-            num_classes=len(classes),
-            device=self.device,
-            repeats=self.settings.latency.repeats,
-            warmup=self.settings.latency.warmup,
-        )
+        return measure_inference_time_and_accuracy(model, self.loaders.test, len(classes), self.bench, **known)
 
     def _record(
         self,
@@ -207,18 +243,13 @@ class Experiment:
         ratio: float,
         indices: FilterIndices,
         head: str,
-        notes: list[str] | None = None,
-        **costs: float,
-    ) -> None:
-        """Turn a measurement into a record, append it to the file, and keep it."""
-        counts = measured.counts
-        everywhere = counts.accuracy if stage == "dense" else None
-        if head == "all":
-            counts = counts.subset(self.settings.selected_classes)
-        names = self.identity["class_names"]
-        saved, trouble = self._saved(model, stage, ratio, head)
+        notes: Sequence[str] = (),
+        **costs: Any,
+    ) -> Record:
+        """Turn a measurement into a record, append it to the file, and keep it; its raw figures are on disk before."""
+        saved, trouble = self._saved(model, measured, stage, ratio, head)
+        self._keep_samples(measured, f"{stage}_{ratio!r}")
         removed = sum(map(len, indices.values()))
-        dense = self.reference
         record = Record(
             **self.identity,
             stage=stage,
@@ -226,29 +257,27 @@ class Experiment:
             ratio=ratio,
             achieved_ratio=removed / self.prunable,
             filters_removed=removed,
-            accuracy=counts.accuracy,
-            accuracy_all_classes=everywhere,
-            worst_class_accuracy=counts.worst,
-            accuracy_per_class=dict(zip(names, counts.per_class, strict=True)),
-            images_per_class=dict(zip(names, counts.total, strict=True)),
-            macs=measured.macs,
-            macs_ratio=measured.macs / dense.macs if measured.macs and dense.macs else None,
-            params=measured.params,
-            params_ratio=measured.params / dense.params,
-            size_bytes=measured.size_bytes,
-            size_ratio=measured.size_bytes / dense.size_bytes,
-            latency_ms_median=measured.latency.median_ms,
-            latency_ms_p95=measured.latency.p95_ms,
-            latency_batch_size=measured.latency.batch_size,
-            scoring_seconds=None if stage == "dense" else self.scoring_seconds,
+            **accuracy_fields(measured, stage, head, self.settings.selected_classes, self.identity["class_names"]),
+            **size_fields(measured.footprint, self.reference),
+            times=timings(measured),
             filters_chosen_per_layer={layer: len(filters) for layer, filters in indices.items() if filters},
             filters_kept_per_layer={layer: model.get_submodule(layer).out_channels for layer in self.widths},
             warnings=[
-                *(*self.factory.warnings, *(notes or []), *self._without_rivals(head)),
+                *(*self.factory.warnings, *notes, *self._without_rivals(head)),
                 *(*measured.warnings, *trouble),
             ],
             saved_as=saved,
             **costs,
         )
-        append_record(self.path, record)
+        append_record(self.run_dir / "records.jsonl", record)
         self.records.append(record)
+        return record
+
+    def _keep_samples(self, measured: Measurement, name: str) -> None:
+        """Raw times into latency.npz and the confusion matrix into confusion.npz, with those of the records before."""
+        for (engine, size), pairs in measured.times.items():
+            place = f"{name}/{engine}/batch_{size}"
+            self.samples |= {f"{place}/dense_ms": pairs.dense_ms, f"{place}/model_ms": pairs.model_ms}
+        self.confusions[name] = measured.counts.confusion
+        write_arrays(self.run_dir / "latency.npz", self.samples)
+        write_arrays(self.run_dir / "confusion.npz", self.confusions)

@@ -1,4 +1,4 @@
-"""A pruned network as a file of its own: what it takes to build it again, or ONNX.
+"""A pruned network as a file of its own, with what it takes to build it again.
 
 The file is a NumPy archive of plain arrays, the weights under their names and one JSON text with the structure. Nothing
 in it is pickled, so reading one runs no code, and the dense weights are not needed.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,17 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from disk import write_whole
 from errors import BenchmarkError
-from helpers import evaluating
 from models import ARCHITECTURES, build
-from records import write_whole
 from scatter import SOURCES, put_back
 
 STRUCTURE = "structure.json"  # no name of a weight: it would have to be `json` of a module called `structure`
 FORMAT = 1
 PLAIN = {"device": "meta", "memory_format": torch.contiguous_format}
-PARITY_BATCHES = (1, 3)
-PARITY_WITHIN = 1e-3  # of the largest output, as for a removal: another engine rounds in another order
 
 
 @dataclass(frozen=True)
@@ -187,75 +182,3 @@ def _fill(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
         module.num_features = len(module.running_mean)
     if (sources := state.pop(f"{prefix}{SOURCES}", None)) is not None:
         put_back(module, sources)
-
-
-def export_onnx(path: str | Path, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
-    """Write the network as ONNX, in one file, for any batch size, once ONNX Runtime has given PyTorch's outputs.
-
-    Raises BenchmarkError: neither exporter manages, or the exported network computes something else.
-    """
-    reasons = []
-    for exporter in (_current_exporter, _earlier_exporter):
-        try:
-            with evaluating(model), _quiet():
-                content = exporter(model, torch.zeros(2, *input_shape, device=next(model.parameters()).device))
-                difference = _difference(content, model, input_shape)
-        except Exception as error:  # the exporters raise whatever they trip over
-            reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
-            continue
-        if difference <= PARITY_WITHIN:
-            return write_whole(path, content)
-        reasons.append(f"its outputs differ from PyTorch's by {difference:.1e} of their size")
-    raise BenchmarkError(f"{path}: cannot be exported to ONNX: {'; '.join(reasons)}")
-
-
-def _current_exporter(model: nn.Module, example: Tensor) -> bytes:
-    program = torch.onnx.export(
-        model, (example,), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )  # fmt: skip
-    return program.model_proto.SerializeToString()
-
-
-def _earlier_exporter(model: nn.Module, example: Tensor) -> bytes:
-    content = io.BytesIO()
-    torch.onnx.export(
-        model, (example,), content, dynamo=False, input_names=["images"], output_names=["logits"],
-        dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-    )  # fmt: skip
-    return content.getvalue()
-
-
-def _difference(content: bytes, model: nn.Module, input_shape: tuple[int, int, int]) -> float:
-    """The largest between ONNX Runtime's outputs and PyTorch's, as a share of the largest output."""
-    import onnxruntime  # takes a second, for an export alone
-
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    for batch in PARITY_BATCHES:
-        images = torch.randn(batch, *input_shape, generator=generator)
-        with torch.inference_mode():
-            expected = model(images.to(next(model.parameters()).device)).cpu()
-        (logits,) = session.run(None, {"images": images.numpy()})
-        actual = torch.from_numpy(logits)
-        if actual.shape != expected.shape:
-            raise ValueError(f"a batch of {batch} gives outputs {tuple(actual.shape)}")
-        worst = max(worst, float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12)))
-    return worst
-
-
-@contextlib.contextmanager
-def _quiet():
-    """The exporters tell of each pass they make and of what they will no longer do one day."""
-    names = ("torch.onnx", "onnxscript", "onnx_ir")
-    levels: Mapping[str, int] = {name: logging.getLogger(name).level for name in names}
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
@@ -50,6 +51,15 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model itself where its tensors are on the device, else a copy there."""
+    device = torch.device(device)
+    tensors = (*model.parameters(), *model.buffers())
+    if all(t.device.type == device.type and device.index in (None, t.device.index) for t in tensors):
+        return model
+    return copy.deepcopy(model).to(device)
 
 
 def share_of(ratio: float, count: int) -> int:

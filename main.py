@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from command_line import launch
 from settings import check
@@ -41,19 +42,24 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     settings = check(cfg)  # before torch is imported
     from cache import dense_model
     from data_loader import get_data_factory
+    from disk import write_json
     from experiment import Experiment
     from helpers import resolve_device
     from pruner import get_pruner
-    from records import environment, write_json, write_selections
+    from records import environment, write_selections
     from report import table, write_report
     from scores import obtain_scores
     from selection import get_selector
     from structure import ModelGraph
+    from tracking import get_tracker
 
+    start = time.perf_counter()
     run_dir = Path(run_dir or HydraConfig.get().runtime.output_dir)
     device = resolve_device(settings.device)
     write_json(run_dir / "environment.json", environment(settings))
     factory = get_data_factory(settings, device)
+    around = environment(settings, factory.describe())
+    write_json(run_dir / "environment.json", around)
     selector = get_selector(settings, factory)
 
     train, validation, test = factory.get_dataloaders()
@@ -61,22 +67,29 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
         "%s: %d training, %d validation and %d test images",
         settings.dataset.name, train.num_images, validation.num_images, test.num_images,
     )  # fmt: skip
-    dense = dense_model(settings, factory, device)
-    graph = ModelGraph(dense.model, factory.input_shape, settings.pruning.residual)
-    experiment = Experiment(settings, factory, device, run_dir, selector, dense, graph)
+    config = OmegaConf.to_container(cfg, resolve=True) | {"environment": around}
+    with get_tracker(settings, run_dir, config) as tracker:
+        dense = dense_model(settings, factory, device)
+        tracker.curve("training", dense.history)
+        graph = ModelGraph(dense.model, factory.input_shape, settings.pruning.residual)
+        with Experiment(
+            settings, factory, device, run_dir, selector, dense, graph, around["hash"], tracker
+        ) as experiment:
+            scores, experiment.scoring_costs = obtain_scores(settings, selector, graph, factory, run_dir)
+            selections = selector.select(graph, scores)
+            write_selections(run_dir / "selections.json", selections)
 
-    scores, experiment.scoring_seconds = obtain_scores(settings, selector, graph, factory, run_dir)
-    selections = selector.select(graph, scores)
-    write_selections(run_dir / "selections.json", selections)
+            experiment.measure_dense()
+            pruner = get_pruner(settings.pruning.pruner, graph)
+            for ratio, indices in selections.items():
+                experiment.measure_ratio(ratio, indices, pruner)
 
-    experiment.measure_dense()
-    pruner = get_pruner(settings.pruning.pruner, graph)
-    for ratio, indices in selections.items():
-        experiment.measure_ratio(ratio, indices, pruner)
-
-    for path in write_report(run_dir):
-        log.info("Wrote %s", path)
-    print(table(experiment.records))
+        written = write_report(run_dir)
+        for path in written:
+            log.info("Wrote %s", path)
+        print(table(experiment.records))
+        plots = [path for path in written if path.suffix == ".png"]
+        tracker.results(experiment.records, plots, time.perf_counter() - start)
     return experiment.records
 
 

@@ -1,26 +1,27 @@
-"""The plots of a run, drawn from its records alone: accuracy over MACs, accuracy by class, filters kept by layer.
+"""The plots of a run, drawn from its records alone: accuracy and latency over MACs, accuracy by class, filters kept.
 
 Each function takes the records of one run and returns a figure, or None where no pruned model has been recorded.
 """
 
 from collections.abc import Callable, Sequence
-from math import inf
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from plot_labels import label_ends, label_right, mark_ratios
 from plot_style import FAINT, INK, PALE, STYLE, draw_heat_map, heat_maps, method_colour, title
 from records import Record
-from tables import scaled
+from tables import engine_name, scaled, timed
 
 POINTS = {"marker": "o", "markersize": 4.5, "clip_on": False}  # a marker is whole at the edge of the axes, too
 BEFORE = {"linestyle": (0, (4, 2)), "linewidth": 1.2, "markerfacecolor": "white"} | POINTS
 AFTER = {"linestyle": "-", "linewidth": 1.8} | POINTS
 SMALL_MULTIPLES = 8  # classes; more are drawn as a heat map
 BARS = 3  # ratios; more are drawn as a heat map
-POINTS_PER_INCH = 72
+ENGINE_COLOURS = {"pytorch": "#0072B2", "onnxruntime": "#D55E00"}
 RATIO_ASKED = "ratio asked for (share of filters to remove)"
 
 
@@ -56,9 +57,9 @@ def accuracy_over_macs(records: Sequence[Record]) -> Figure | None:
             face = INK if record.head == "all" else "white"
             axes.plot(record.macs / size, 100 * record.accuracy, "D", color=INK, markerfacecolor=face, zorder=4)
         _frame_macs(axes, [r.macs / size for r in points + dense], [100 * r.accuracy for r in points + dense])
-        _label_ends(axes, labels)
-        _label_right(axes, [(100 * r.accuracy, _dense_label(r)) for r in dense])
-        _mark_ratios(axes, [(r.macs / size, r.ratio) for r in lines["pruned"] or lines["retrained"]])
+        label_ends(axes, labels)
+        label_right(axes, [(100 * r.accuracy, _dense_label(r)) for r in dense])
+        mark_ratios(axes, [(r.macs / size, r.ratio) for r in lines["pruned"] or lines["retrained"]])
         reference = f"; dense model: {scaled(dense[0].macs)}" if dense else ""
         axes.set_xlabel(f"MACs per image ({unit}{reference})")
         axes.set_ylabel("test accuracy, selected classes (%)")
@@ -85,101 +86,6 @@ def _frame_macs(axes: Axes, macs: Sequence[float], accuracies: Sequence[float]) 
     axes.set_ylim(max(low - 2 * room, -room), high + room)  # ticks may have widened it
     axes.grid(axis="y", color=PALE, linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def _spread(values: Sequence[float], gap: float) -> list[float]:
-    """The values moved apart, as little as it takes and in their order, so that neighbours differ by `gap` or more."""
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    groups: list[list[int]] = []  # neighbours that have come to touch; each group is centred on its own mean
-    for index in order:
-        groups.append([index])
-        while len(groups) > 1 and _start(groups[-1], values, gap) < _end(groups[-2], values, gap):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    placed = [0.0] * len(values)
-    for group in groups:
-        for position, index in enumerate(group):
-            placed[index] = _start(group, values, gap) + gap * position
-    return placed
-
-
-def _start(group: Sequence[int], values: Sequence[float], gap: float) -> float:
-    return sum(values[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
-
-
-def _end(group: Sequence[int], values: Sequence[float], gap: float) -> float:
-    return _start(group, values, gap) + gap * len(group)
-
-
-def _stack(values: Sequence[float], gap: float) -> list[float]:
-    """The values moved down, as little as it takes and in their order, so that neighbours differ by `gap` or more."""
-    placed, limit = [0.0] * len(values), inf
-    for index in sorted(range(len(values)), key=lambda index: values[index], reverse=True):
-        placed[index] = min(values[index], limit)
-        limit = placed[index] - gap
-    return placed
-
-
-def _points_high(axes: Axes) -> float:
-    """Data units of y that one typographic point is high, about: labels need room before the layout is known."""
-    low, high = axes.get_ylim()
-    return (high - low) / (0.72 * axes.figure.get_figheight() * POINTS_PER_INCH)
-
-
-def _label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Name each line (x, y, text, colour) at its left end: beside it where there is room, else below it."""
-    point = _points_high(axes)
-    left, right = axes.get_xlim()
-    beside = all(x - left > 0.25 * (right - left) for x, *_ in labels)
-    heights = (_spread if beside else _stack)([y for _, y, _, _ in labels], 12 * point)
-    for (x, y, text, colour), height in zip(labels, heights, strict=True):
-        offset = (-8, (height - y) / point) if beside else (2, (height - y) / point - 7)
-        align = {"ha": "right", "va": "center"} if beside else {"ha": "left", "va": "top"}
-        axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour, **align)
-
-
-def _label_right(axes: Axes, labels: Sequence[tuple[float, str]]) -> None:
-    """Name the points at the right edge (y, text) in the margin beside them."""
-    point = _points_high(axes)
-    heights = _spread([y for y, _ in labels], 25 * point)
-    too_high = max([0.0, *(height + 14 * point - axes.get_ylim()[1] for height in heights)])
-    heights = [height - too_high for height in heights]
-    for (y, text), height in zip(labels, heights, strict=True):
-        axes.annotate(
-            text, (1, y), (1.04, height), va="center", annotation_clip=False,
-            xycoords=axes.get_yaxis_transform(), textcoords=axes.get_yaxis_transform(),
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.5},
-        )  # fmt: skip
-
-
-def _mark_ratios(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Write the ratio asked for above the MACs (x, ratio) that it led to; those too close for two labels share one."""
-    left, right = axes.get_xlim()
-    clusters: list[list[tuple[float, float]]] = []
-    for point in sorted(points):
-        clusters.append([point])
-        while len(clusters) > 1 and _crowded(clusters[-2], clusters[-1], 0.0125 * (right - left)):
-            clusters[-2:] = [clusters[-2] + clusters[-1]]
-    at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-    for cluster in clusters:
-        axes.text(_middle(cluster), 1.02, _range(cluster), ha="center", va="bottom", size=7.5, color=FAINT, **at_top)
-        for x, _ in cluster:
-            axes.plot([x, x], [0, 1], color=PALE, linewidth=0.6, zorder=0, **at_top)
-    axes.text(1.04, 1.02, "ratio asked for", transform=axes.transAxes, va="bottom", size=7.5, color=FAINT)
-
-
-def _middle(cluster: Sequence[tuple[float, float]]) -> float:
-    return (min(cluster)[0] + max(cluster)[0]) / 2
-
-
-def _range(cluster: Sequence[tuple[float, float]]) -> str:
-    ratios = sorted({ratio for _, ratio in cluster})
-    return "\u2013".join(f"{ratio:g}" for ratio in (ratios[0], ratios[-1])[: len(ratios)])
-
-
-def _crowded(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]], letter: float) -> bool:
-    """Whether the labels of two clusters would come closer than one letter, each letter being so wide."""
-    needed = letter * ((len(_range(first)) + len(_range(second))) / 2 + 1)
-    return _middle(second) - _middle(first) < needed
 
 
 def accuracy_per_class(records: Sequence[Record]) -> Figure | None:
@@ -309,8 +215,45 @@ def _filter_bars(line: Sequence[Record]) -> Figure:
     return figure
 
 
+def latency_over_macs(records: Sequence[Record]) -> Figure | None:
+    """Measured latency against MACs, both as shares of the dense model's: on the diagonal MACs would be speed."""
+    line = [record for record in _stage(records, "pruned") if record.macs_ratio is not None and record.times]
+    if not line:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 110], [0, 110], color=FAINT, linewidth=0.8, zorder=1)
+        labels = []
+        for place, (engine, size) in enumerate(timed(line)):
+            points = [(100 * r.macs_ratio, r.time(engine, size)) for r in line if r.time(engine, size) is not None]
+            x, y = [macs for macs, _ in points], [100 * timing.ratio for _, timing in points]
+            below, above = zip(*((t.ratio - t.ratio_low, t.ratio_high - t.ratio) for _, t in points), strict=True)
+            colour = ENGINE_COLOURS[engine]
+            look = {"marker": "os^Dv"[place % 5], "linestyle": "-" if engine == "pytorch" else (0, (4, 2))}
+            look |= {"color": colour, "linewidth": 1.2, "elinewidth": 0.8, "markersize": 4.5, "zorder": 3}
+            axes.errorbar(x, y, 100 * np.array((below, above)), **look)
+            least = min(points, key=lambda point: point[0])
+            labels.append((least[0], 100 * least[1].ratio, f"{engine_name(engine)}, {size}", colour))
+        highest = max(100 * timing.ratio_high for record in line for timing in record.times)
+        smallest = min(100 * record.macs_ratio for record in line)
+        axes.set_xlim(max(0, smallest - 0.4 * (104 - smallest) - 4), 104)
+        axes.set_ylim(0, max(104, 1.04 * highest))
+        axes.grid(color=PALE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        middle = (smallest + 104) / 2
+        beside = {"textcoords": "offset points", "size": 7.5, "color": FAINT, "va": "top"}
+        axes.annotate("as few as MACs", (middle, middle), (4, -4), **beside)
+        label_ends(axes, labels)
+        axes.set_xlabel("MACs left (% of the dense model); beside each line: engine and images a batch")
+        axes.set_ylabel("latency left (% of the dense model, 99 % interval)")
+        title(figure, line[0], "What fewer MACs buy in measured latency")
+    return figure
+
+
 PLOTS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
     "accuracy_over_macs": accuracy_over_macs,
     "accuracy_per_class": accuracy_per_class,
     "filters_kept": filters_kept,
+    "latency_over_macs": latency_over_macs,
 }

@@ -11,27 +11,54 @@ import logging
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import Field, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import record_checks
+from disk import disk_errors, write_whole
 from environment import config_hash as config_hash
 from environment import environment as environment
-from errors import BenchmarkError
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2  # raised when a field of Record changes its meaning or its name
-STAGES = ("dense", "pruned", "retrained")
-HEADS = ("all", "selected")
+SCHEMA = 3  # raised when a field of Record changes its meaning or its name
 
 _CSV_FIRST = (
-    *("stage", "ratio", "achieved_ratio", "accuracy", "accuracy_all_classes", "worst_class_accuracy"),
-    *("accuracy_per_class", "macs", "macs_ratio", "params", "params_ratio", "size_bytes", "latency_ms_median"),
-    *("latency_ms_p95", "scoring_seconds", "removal_seconds", "retraining_seconds"),
+    *("stage", "ratio", "achieved_ratio", "accuracy", "accuracy_low", "accuracy_high", "accuracy_all_classes"),
+    *("worst_class_accuracy", "balanced_accuracy", "accuracy_per_class", "macs", "macs_ratio", "params"),
+    *("params_ratio", "size_bytes", "scoring_seconds", "removal_seconds", "retraining_seconds"),
 )
+_TIMES = "times"  # spread over columns of their own in a CSV file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Passes of one batch by one engine, each timed right beside a pass of the dense network with all logits.
+
+    ratio: time as a share of the dense network's, the median over the pairs; ratio_low, ratio_high: its bootstrap
+    interval at 99 %. noisy: the interval is too wide to say anything, the pairs too few, or the passes never got
+    steady. Raises ValueError for figures that cannot all be true.
+    """
+
+    engine: str  # pytorch | onnxruntime
+    batch_size: int
+    threads: int
+    pairs: int
+    median_ms: float
+    p95_ms: float
+    images_per_second: float  # batch size / median
+    dense_median_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    noisy: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(field, getattr(self, field.name)))
+        record_checks.check_timing(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +90,40 @@ class Record:
     min_filters: int  # so many stay in every layer
     round_to: int  # a layer that loses filters keeps a multiple of so many
     accuracy: float
+    accuracy_low: float  # 95 % Wilson score interval, from the number of test images
+    accuracy_high: float
+    accuracy_top5: float | None = None  # with 100 logits or more
     accuracy_all_classes: float | None = None  # on the test images of all classes; dense model with all logits only
     worst_class_accuracy: float
+    balanced_accuracy: float  # mean of the classes' accuracies
     accuracy_per_class: dict[str, float]
     images_per_class: dict[str, int]
     macs: int | None  # of one image
     macs_ratio: float | None
     params: int
     params_ratio: float
-    size_bytes: int
+    size_bytes: int  # of a file with the weights
     size_ratio: float
-    latency_ms_median: float
-    latency_ms_p95: float
-    latency_batch_size: int
+    weight_bytes: int  # parameters and buffers in memory
+    activation_bytes: int | None = None  # outputs of convolutions and linear layers, of one image
+    forward_peak_bytes: int | None = None  # memory that a pass takes beyond weights and images
+    forward_batch_size: int  # images of that pass
+    times: tuple[Timing, ...]
+    onnx_exporter: str | None = None  # current | legacy | none: neither managed; None when ONNX was not asked for
+    onnx_provider: str | None = None
+    onnx_difference: float | None = None  # from PyTorch's outputs, as a share of the largest
+    onnx_size_bytes: int | None = None
+    onnx_accuracy: float | None = None  # on the images of `accuracy`
     scoring_seconds: float | None = None  # once for all ratios of a run
+    scoring_images: int | None = None
+    scoring_peak_bytes: int | None = None  # most memory of the process (CUDA: on the device) during the step
     removal_seconds: float | None = None
+    removal_peak_bytes: int | None = None
     retraining_seconds: float | None = None
+    retraining_peak_bytes: int | None = None
+    retraining_images: int | None = None  # images seen, each epoch's counted
     training_seconds: float | None = None  # of the dense model, when it was trained: in this run or an earlier one
+    environment_hash: str | None = None  # of environment.json
     filters_chosen_per_layer: dict[str, int]  # to be removed, layers that keep all left out
     filters_kept_per_layer: dict[str, int]  # as counted in the network that was measured
     difference_from_masked: float | None = None  # largest, of the outputs, as a share of the largest output
@@ -91,14 +135,16 @@ class Record:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _plain(field, getattr(self, field.name)))
-        _check_identity(self)
-        _check_filters(self)
-        _check_accuracy(self)
-        _check_costs(self)
+        record_checks.check(self)
+
+    def time(self, engine: str, batch_size: int) -> Timing | None:
+        """What this engine took for batches of this size, where that was measured."""
+        return next((t for t in self.times if (t.engine, t.batch_size) == (engine, batch_size)), None)
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` turns back into an equal record."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["times"] = [asdict(timing) for timing in self.times]
         return json.dumps({"schema": SCHEMA, **values}, ensure_ascii=False, allow_nan=False)
 
     @classmethod
@@ -110,6 +156,7 @@ class Record:
         if (schema := values.pop("schema", None)) != SCHEMA:
             raise ValueError(f"schema {schema}; this version reads schema {SCHEMA}")
         try:
+            values["times"] = tuple(Timing(**timing) for timing in values.get("times", ()))
             return cls(**values)
         except TypeError as error:  # a field missing or unknown
             raise ValueError(str(error)) from error
@@ -133,10 +180,25 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("not true or false")
+    return value
+
+
+def _timings(values: Any) -> tuple[Timing, ...]:
+    if not all(isinstance(value, Timing) for value in values):
+        raise ValueError("not timings")
+    return tuple(values)
+
+
 _PLAIN = {
     str: _text,
     int: _whole,
     float: _finite,
+    bool: _flag,
+    str | None: lambda value: None if value is None else _text(value),
+    tuple[Timing, ...]: _timings,
     int | None: lambda value: None if value is None else _whole(value),
     float | None: lambda value: None if value is None else _finite(value),
     tuple[int, ...]: lambda values: tuple(_whole(value) for value in values),
@@ -154,70 +216,6 @@ def _plain(field: Field, value: Any) -> Any:
         raise ValueError(f"{field.name}: {value!r}; {error}") from error
 
 
-def _require(true: bool, text: str) -> None:
-    if not true:
-        raise ValueError(text)
-
-
-def _check_identity(record: Record) -> None:
-    _require(record.stage in STAGES, f"stage: {record.stage!r}; one of {', '.join(STAGES)} is needed")
-    _require(record.head in HEADS, f"head: {record.head!r}; one of {', '.join(HEADS)} is needed")
-    names, classes = record.class_names, record.selected_classes
-    _require(0 < len(classes) == len(set(classes)), f"selected_classes: {classes}; at least one, each once")
-    _require(len(names) == len(set(names)) == len(classes), f"class_names: {names}; one for each class, each once")
-    dense_only = record.accuracy_all_classes is None or (record.stage, record.head) == ("dense", "all")
-    _require(dense_only, "accuracy_all_classes: only the dense model with all logits has it")
-
-
-def _check_filters(record: Record) -> None:
-    removed, prunable, total = record.filters_removed, record.filters_prunable, record.filters_total
-    _require(0 <= record.ratio < 1, f"ratio: {record.ratio}; 0 or more and below 1 is needed")
-    _require(0 <= removed <= prunable <= total, f"filters: {removed} removed of {prunable} prunable of {total} in all")
-    share = removed / prunable if prunable else 0.0
-    _require(math.isclose(record.achieved_ratio, share), f"achieved_ratio: {record.achieved_ratio}; it is {share}")
-    kept, dense = record.filters_kept_per_layer, record.widths_dense
-    _require(kept.keys() == dense.keys(), "filters_kept_per_layer and widths_dense: not the same layers")
-    wrong = [name for name in kept if not 1 <= kept[name] <= dense[name]]
-    _require(not wrong, f"filters_kept_per_layer: {wrong} keep no filter, or more than there were")
-    # Layers that are coupled lose their filters together, so more can go than were selected, never fewer.
-    gone = sum(dense.values()) - sum(kept.values())
-    _require(removed <= gone, f"filters_removed: {removed}; the layers have lost only {gone}")
-    chosen = record.filters_chosen_per_layer
-    _require(sum(chosen.values()) == removed, f"filters_chosen_per_layer: {sum(chosen.values())} in all, not {removed}")
-    kept_on = [name for name, count in chosen.items() if count != dense.get(name, 0) - kept.get(name, 0)]
-    _require(not kept_on, f"filters_chosen_per_layer: {kept_on} have not lost as many")
-    _require(record.stage != "dense" or gone == 0, f"stage dense: {gone} filters are missing")
-    _require(set(record.layers_left_out) <= dense.keys(), "layers_left_out: a layer that widths_dense does not name")
-
-
-def _check_accuracy(record: Record) -> None:
-    shares, images = record.accuracy_per_class, record.images_per_class
-    same = tuple(shares) == tuple(images) == record.class_names
-    _require(same, f"accuracy_per_class, images_per_class: one entry for each of {record.class_names}, in this order")
-    for name in shares:
-        correct = shares[name] * images[name]
-        whole = 0 <= shares[name] <= 1 <= images[name] and abs(correct - round(correct)) < 1e-6
-        _require(whole, f"accuracy_per_class: {name}, {shares[name]} of {images[name]}, is no number of images")
-    overall = sum(shares[name] * images[name] for name in shares) / sum(images.values())
-    _require(math.isclose(record.accuracy, overall, abs_tol=1e-9), f"accuracy: {record.accuracy}; it is {overall}")
-    given, worst = record.worst_class_accuracy, min(shares.values())
-    _require(given == worst, f"worst_class_accuracy: {given}; it is {worst}")
-    everywhere = record.accuracy_all_classes
-    _require(everywhere is None or 0 <= everywhere <= 1, f"accuracy_all_classes: {everywhere} is no fraction")
-
-
-def _check_costs(record: Record) -> None:
-    for name in ("params", "params_ratio", "size_bytes", "size_ratio", "latency_ms_median", "latency_batch_size"):
-        _require(getattr(record, name) > 0, f"{name}: {getattr(record, name)}; above 0 is needed")
-    _require(record.macs is not None or record.macs_ratio is None, "macs_ratio: without macs there is none")
-    seconds = ("scoring_seconds", "removal_seconds", "retraining_seconds", "training_seconds")
-    for name in ("macs", "macs_ratio", "difference_from_masked", *seconds):
-        value = getattr(record, name)
-        _require(value is None or value >= 0, f"{name}: {value}; 0 or more is needed")
-    slow, median = record.latency_ms_p95, record.latency_ms_median
-    _require(slow >= median, f"latency_ms_p95: {slow} is below the median, {median}")
-
-
 def append_record(path: str | Path, record: Record) -> None:
     """Add one line to `path` (JSON Lines); when this returns, the line is on the disk.
 
@@ -225,7 +223,7 @@ def append_record(path: str | Path, record: Record) -> None:
     """
     path = Path(path)
     line = record.to_json().encode() + b"\n"
-    with _disk_errors(path), path.open("ab+") as file:
+    with disk_errors(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -241,7 +239,7 @@ def read_records(path: str | Path) -> list[Record]:
     Raises BenchmarkError where the file cannot be read.
     """
     path = Path(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
@@ -257,13 +255,23 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def write_csv(path: str | Path, records: Iterable[Record]) -> None:
-    """A row a record; per-class and per-layer figures and lists are JSON in one cell, None is an empty cell."""
-    columns = [*_CSV_FIRST, *(field.name for field in fields(Record) if field.name not in _CSV_FIRST)]
+    """A row a record; per-class and per-layer figures and lists are JSON in one cell, None is an empty cell.
+
+    Times have a column each, as `pytorch_batch_64_median_ms`.
+    """
+    records = list(records)
+    plain = [field.name for field in fields(Record) if field.name not in (*_CSV_FIRST, _TIMES)]
+    measured = sorted({(timing.engine, timing.batch_size) for record in records for timing in record.times})
+    kept = [field.name for field in fields(Timing) if field.name not in ("engine", "batch_size")]
+    columns = [*_CSV_FIRST, *(f"{e}_batch_{size}_{name}" for e, size in measured for name in kept), *plain]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for record in records:
-        values = (getattr(record, column) for column in columns)
+        times = [record.time(*which) for which in measured]
+        values = [getattr(record, column) for column in _CSV_FIRST]
+        values += [None if timing is None else getattr(timing, name) for timing in times for name in kept]
+        values += [getattr(record, column) for column in plain]
         packed = (tuple, dict)
         writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, packed) else v for v in values])
     write_whole(path, text.getvalue())
@@ -277,36 +285,3 @@ def write_selections(path: str | Path, selections: Mapping[float, Mapping[str, S
         body = ",".join(f"\n    {row}" for row in rows)
         blocks.append(f'{{"ratio": {json.dumps(float(ratio))}, "filters_removed": {{{body}}}}}')
     write_whole(path, "[" + ",\n".join(blocks) + "]\n")
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Any plain value as indented JSON."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file that is there complete or not at all: into a temporary one beside it, renamed when on the disk.
-
-    Makes the folder if only that is missing.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _disk_errors(path):
-        path.parent.mkdir(exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses, as a message for the user: no space, no permission, no such folder."""
-    try:
-        yield
-    except OSError as error:
-        raise BenchmarkError(f"{path}: {error.strerror or error}; it needs a folder with space and access") from error

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from disk import write_whole
 from errors import BenchmarkError
-from records import Record, read_records, write_csv, write_whole
+from records import Record, read_records, write_csv
 from tables import table
 
 log = logging.getLogger(__name__)

@@ -27,6 +27,7 @@ class _PutBack:
 
 # One class a kind, of the same names, parameters and options as the layer it takes the place of.
 KINDS = {kind: type(f"PutBack{kind.__name__}", (_PutBack, kind), {}) for kind in (nn.Conv2d, nn.BatchNorm2d, *SHIFTING)}
+globals().update({kind.__name__: kind for kind in KINDS.values()})  # under their names, or nothing could be pickled
 
 
 class Tracer(fx.Tracer):

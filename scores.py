@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from disk import write_whole
 from errors import ConfigError
 from filter_selection import Scores
-from records import write_whole
+from memory import peak_memory
 from selection import PruningSelection
 from structure import ModelGraph
 
@@ -26,15 +27,17 @@ KEY = "pruning.scores_path"
 VERSION = 1  # raised when a formula changes, so that scores of the old one are not taken for those of the new
 NUMBERS = (torch.float32, torch.float64, torch.int64)
 NO_SCORES = torch.empty(0)
+COSTS = ("scoring_seconds", "scoring_images", "scoring_peak_bytes")  # no facts: they shaped no score
 FACTS = "facts.json"  # no name of a layer: it would have to be a module called `json` in one called `facts`
 
 
 def obtain_scores(
     settings: Any, selector: PruningSelection, graph: ModelGraph, factory: Any, run_dir: Path
-) -> tuple[Scores, float]:
-    """The scores of all prunable layers and the seconds that scoring took, kept as `scores.npz` in the run directory.
+) -> tuple[Scores, dict[str, Any]]:
+    """The scores of all prunable layers and what scoring cost, kept as `scores.npz` in the run directory.
 
-    With `pruning.scores_path` they are read from there, with the seconds of the run that made them.
+    The costs: seconds, images read, and the most memory in use. With `pruning.scores_path` all are read from there,
+    the costs being those of the run that made them.
 
     Raises:
         BenchmarkError: as `Criterion.score` does.
@@ -46,15 +49,18 @@ def obtain_scores(
     if given is not None:
         scores, made_with = load_scores(given)
         scores = _fitting(scores, made_with, facts, {layer: graph.conv(layer).out_channels for layer in layers}, given)
-        seconds = made_with["scoring_seconds"]
-        log.info("Scores reused, nothing is scored: %s (scoring took %.1f s)", given, seconds)
+        costs = {name: made_with.get(name) for name in COSTS}
+        log.info("Scores reused, nothing is scored: %s (scoring took %.1f s)", given, costs["scoring_seconds"])
     else:
         log.info("Scoring %d layers with %s ...", len(layers), settings.pruning.name)
-        start = time.perf_counter()
-        scores = selector.score(graph)
-        seconds = time.perf_counter() - start
-    save_scores(run_dir / "scores.npz", scores, facts | {"scoring_seconds": seconds})
-    return scores, seconds
+        images = selector.batches.num_images if selector.criterion.needs_data else 0
+        with peak_memory(next(graph.model.parameters()).device) as peak:
+            start = time.perf_counter()
+            scores = selector.score(graph)
+            seconds = time.perf_counter() - start
+        costs = dict(zip(COSTS, (seconds, images, peak.bytes), strict=True))
+    save_scores(run_dir / "scores.npz", scores, facts | costs)
+    return scores, costs
 
 
 def shaping_facts(settings: Any, selector: PruningSelection, graph: ModelGraph, factory: Any) -> dict[str, Any]:
@@ -115,7 +121,7 @@ def load_scores(path: str | Path) -> tuple[Scores, dict[str, Any]]:
 def _fitting(scores: Scores, made_with: dict, wanted: dict, widths: dict[str, int], path: str) -> Scores:
     """The scores of the layers in `widths`, once everything that shaped them is what this run would have."""
     for fact in wanted | made_with:
-        if fact != "scoring_seconds" and made_with.get(fact) != wanted.get(fact):
+        if fact not in COSTS and made_with.get(fact) != wanted.get(fact):
             raise ConfigError(
                 f"{KEY}: {path}; was made with {fact}={_told(made_with, fact)}, this run has {_told(wanted, fact)}; "
                 f"leave {KEY} out to score anew"

@@ -86,8 +86,22 @@ class PruningSettings:
 
 @dataclass(frozen=True)
 class LatencySettings:
+    batch_sizes: tuple[Positive | Literal["test"], ...]
     repeats: Positive
     warmup: Natural
+    seconds: PositiveNumber
+    threads: Positive | None
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    mode: Literal["offline", "online"]
+    project: Text
+    entity: Text | None
+    group: Text | None
+    job_type: Text | None
+    tags: tuple[Text, ...] | None
+    name: Text
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,7 @@ class Settings:
     dataset: DatasetSettings
     pruning: PruningSettings
     latency: LatencySettings
+    wandb: WandbSettings
     class_names: tuple[str, ...] = ()  # of all classes of the dataset, by index
 
 
@@ -144,7 +159,6 @@ def check(cfg: DictConfig) -> Settings:
     )
     settings = replace(settings, pruning=_as_matched(settings.pruning))
     _refuse_contradictions(settings)
-    _refuse_unavailable(settings)
     return settings
 
 
@@ -265,9 +279,3 @@ def _refuse_contradictions(settings: Settings) -> None:
             f"{dataset.num_classes} of {dataset.name} would stay untrained: set training.train=true or give "
             "model.pretrained_weights_path=FILE"
         )
-
-
-def _refuse_unavailable(settings: Settings) -> None:
-    for key in ("log_results", "inference_with_onnx"):
-        if getattr(settings, key):
-            raise ConfigError(f"{key}: true; not available in this version, set it to false")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
-from records import Record
+from records import Record, Timing
 
 MISSING = "-"
 
@@ -13,14 +13,14 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("ratio", "asked", lambda r: MISSING if r.stage == "dense" else f"{r.ratio:g}"),
     ("ratio", "reached", lambda r: MISSING if r.stage == "dense" else f"{r.achieved_ratio:.3f}"),
     ("accuracy", "%", lambda r: f"{100 * r.accuracy:.2f}"),
+    ("95 %", "interval", lambda r: f"{100 * r.accuracy_low:.1f}-{100 * r.accuracy_high:.1f}"),
     ("worst", "class %", lambda r: f"{100 * r.worst_class_accuracy:.2f}"),
     ("MACs", "", lambda r: scaled(r.macs)),
     ("of", "dense", lambda r: _share(r.macs_ratio)),
     ("params", "", lambda r: scaled(r.params)),
     ("of", "dense", lambda r: _share(r.params_ratio)),
     ("size", "", lambda r: f"{scaled(r.size_bytes)}B"),
-    ("latency", "ms", lambda r: f"{r.latency_ms_median:.2f}"),
-    ("p95", "ms", lambda r: f"{r.latency_ms_p95:.2f}"),
+    ("latency", "of dense", lambda r: _latency_share(headline(r))),
     ("time", "s", lambda r: _seconds(own_seconds(r))),
 )
 
@@ -52,6 +52,31 @@ def own_seconds(record: Record) -> float | None:
     }[record.stage]
 
 
+def headline(record: Record) -> Timing | None:
+    """The time that stands for all where there is room for one: PyTorch's, of the largest batch."""
+    return max((t for t in record.times if t.engine == "pytorch"), key=lambda t: t.batch_size, default=None)
+
+
+def timed(records: Iterable[Record]) -> list[tuple[str, int]]:
+    """The engines and batch sizes that were timed, PyTorch's first."""
+    found = {(timing.engine, timing.batch_size) for record in records for timing in record.times}
+    return sorted(found, key=lambda which: (which[0] != "pytorch", which))
+
+
+def engine_name(engine: str) -> str:
+    return {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}[engine]
+
+
+def _latency_share(timing: Timing | None) -> str:
+    return MISSING if timing is None else f"{'~' if timing.noisy else ''}{timing.ratio:.3f}"
+
+
+def _latency(timing: Timing | None) -> str:
+    if timing is None:
+        return MISSING
+    return f"{timing.median_ms:.2f}  {_latency_share(timing)} ({timing.ratio_low:.3f}-{timing.ratio_high:.3f})"
+
+
 def _share(ratio: float | None) -> str:
     return MISSING if ratio is None else f"{ratio:.3f}"
 
@@ -67,15 +92,58 @@ def table(records: Iterable[Record]) -> str:
 
 def _run_table(records: list[Record]) -> str:
     first = records[0]
-    rows = [[title for title, _, _ in _COLUMNS], [unit for _, unit, _ in _COLUMNS]]
-    rows += [[cell(record) for _, _, cell in _COLUMNS] for record in records]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    figures = [[cell(record) for _, _, cell in _COLUMNS] for record in records]
+    titles = [[title for title, _, _ in _COLUMNS], [unit for _, unit, _ in _COLUMNS]]
+    lines = _aligned(titles, figures)
+    below = [*_notes(records), "", *_speed_table(records), *_onnx(records), *_warnings(records)]
+    return "\n".join([_headline(first), "", *lines, *below])
+
+
+def _aligned(titles: list[list[str]], rows: list[list[str]]) -> list[str]:
+    """Rows below their titles and a rule; the first column is aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*titles, *rows, strict=True)]
     lines = []
-    for row in rows:
+    for row in (*titles, *rows):
         figures = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *figures]).rstrip())
-    lines.insert(2, "-" * (sum(widths) + 2 * len(widths) - 2))
-    return "\n".join([_headline(first), "", *lines, *_notes(records), *_warnings(records)])
+    lines.insert(len(titles), "-" * (sum(widths) + 2 * len(widths) - 2))
+    return lines
+
+
+def _speed_table(records: list[Record]) -> list[str]:
+    """What each engine took at each batch size, and the memory of a pass."""
+    which = timed(records)
+    titles = [["", "ratio", *(engine_name(engine) for engine, _ in which), "memory"]]
+    titles.append(["stage", "asked", *(f"batch of {size}" for _, size in which), "of a pass"])
+    rows = []
+    for record in records:
+        asked = MISSING if record.stage == "dense" else f"{record.ratio:g}"
+        times = [_latency(record.time(*each)) for each in which]
+        memory = MISSING if record.forward_peak_bytes is None else f"{scaled(record.forward_peak_bytes)}B"
+        rows.append([stage_name(record), asked, *times, memory])
+    threads = sorted({timing.threads for record in records for timing in record.times})
+    batch = sorted({record.forward_batch_size for record in records})
+    notes = [
+        "",
+        "latency: median ms of a pass; its share of the dense model's, timed in turn, with the 99 % interval",
+        "~: the times spread too far to say anything" if any(t.noisy for r in records for t in r.times) else "",
+        f"threads: {' or '.join(map(str, threads))}; memory: beyond weights and images, batch of "
+        f"{' or '.join(map(str, batch))}",
+    ]
+    notes = [notes[0], *filter(None, notes)]
+    return [*_aligned(titles, rows), *notes]
+
+
+def _onnx(records: list[Record]) -> list[str]:
+    """Whether ONNX Runtime gives what PyTorch gives, where it was asked."""
+    ran = [record for record in records if record.onnx_accuracy is not None]
+    if not ran:
+        return []
+    off = max(abs(record.onnx_accuracy - record.accuracy) for record in ran)
+    difference = max(record.onnx_difference for record in ran)
+    sizes = f"{scaled(ran[0].onnx_size_bytes)}B to {scaled(min(record.onnx_size_bytes for record in ran))}B"
+    same = "the same accuracy in every row" if off == 0 else f"accuracy off by up to {100 * off:.2f} points"
+    return [f"ONNX Runtime: {same}, outputs within {difference:.0e} of PyTorch's, files of {sizes}"]
 
 
 def describe_classes(names: Sequence[str], room: int = 60) -> str:
@@ -95,12 +163,15 @@ def _headline(record: Record) -> str:
 
 def _notes(records: list[Record]) -> list[str]:
     """What the columns need to be read rightly."""
-    batch = sorted({record.latency_batch_size for record in records})
-    notes = ["", f"latency: median per batch of {' or '.join(map(str, batch))} images"]
+    largest = {timing.batch_size for timing in map(headline, records) if timing is not None}
+    notes = ["", "accuracy: selected classes' test images; interval: Wilson"]
+    notes += [f"latency: PyTorch, batch of {' or '.join(map(str, sorted(largest)))}, see below"] if largest else []
     notes.append("time: training (dense, when it was trained), removal (pruned), retraining (retrained)")
     scoring = [record.scoring_seconds for record in records if record.scoring_seconds is not None]
     if scoring:
-        notes.append(f"scoring: {_seconds(scoring[0])} s, once for all ratios")
+        images = next((r.scoring_images for r in records if r.scoring_images), None)
+        on = f" on {images} images" if images else ""
+        notes.append(f"scoring: {_seconds(scoring[0])} s{on}, once for all ratios")
     everywhere = [r.accuracy_all_classes for r in records if r.accuracy_all_classes is not None]
     if everywhere:
         notes.append(f"dense model on the test images of all classes: {100 * everywhere[0]:.2f} %")

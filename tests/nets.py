@@ -108,3 +108,12 @@ def batches(images: Tensor, labels: Tensor, batch_size: int | None = None) -> li
     """Cut into batches, the last one as short as it comes out; None: all in one."""
     size = batch_size or len(images)
     return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def small_net() -> nn.Sequential:
+    """Of everything that behaves otherwise in training: float32, in training mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip

@@ -14,17 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import records
+from disk import write_json, write_whole
 from errors import BenchmarkError
 from records import (
     Record,
     append_record,
     read_records,
     write_csv,
-    write_json,
     write_selections,
-    write_whole,
 )
-from tests.sample_records import fields_of, record, run_records
+from tests.sample_records import fields_of, record, run_records, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,15 +32,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @given(
-    latency=st.floats(1e-300, 1e300),
-    share=st.floats(0, 1, exclude_min=True),
+    latency=st.floats(1e-200, 1e200),
+    share=st.floats(1e-50, 1),
     seconds=st.floats(0, 1e300) | st.none(),
     size=st.integers(1, 2**80),
     texts=st.lists(st.text(), max_size=3),
 )
 def test_a_record_equals_what_is_read_back_from_its_line(latency, share, seconds, size, texts):
     first = record(
-        latency_ms_median=latency, latency_ms_p95=latency, macs_ratio=share, size_bytes=size,
+        times=[timing(1, latency, share)], forward_peak_bytes=size, macs_ratio=share, size_bytes=size,
         removal_seconds=seconds, warnings=texts, run_id="".join(texts),
     )  # fmt: skip
     line = first.to_json()
@@ -50,10 +49,12 @@ def test_a_record_equals_what_is_read_back_from_its_line(latency, share, seconds
 
 
 def test_lists_and_numpy_numbers_become_plain_values():
-    given_loosely = record(selected_classes=[8, 3], warnings=["slow"], macs=np.int64(5), latency_ms_p95=np.float32(99))
-    assert given_loosely == record(selected_classes=(8, 3), warnings=("slow",), macs=5, latency_ms_p95=99.0)
+    loose = {"selected_classes": [8, 3], "warnings": ["slow"], "macs": np.int64(5), "removal_seconds": np.float32(9)}
+    given_loosely = record(**loose)
+    plain = {"selected_classes": (8, 3), "warnings": ("slow",), "macs": 5, "removal_seconds": 9.0}
+    assert given_loosely == record(**plain)
     assert type(given_loosely.macs) is int
-    assert type(given_loosely.latency_ms_p95) is float
+    assert type(given_loosely.removal_seconds) is float
     assert Record.from_json(given_loosely.to_json()) == given_loosely
 
 
@@ -84,9 +85,17 @@ KEPT = fields_of()["filters_kept_per_layer"]
         ({"seed": True}, "seed: True"),
         ({"method": None}, "method: None"),
         ({"accuracy": float("nan")}, "accuracy: nan; not a finite number"),
-        ({"latency_ms_p95": float("inf")}, "latency_ms_p95: inf"),
-        ({"latency_ms_p95": 1.0}, "latency_ms_p95: 1.0 is below the median"),
-        ({"latency_ms_median": 0.0}, "latency_ms_median: 0.0"),
+        ({"removal_seconds": float("inf")}, "removal_seconds: inf"),
+        ({"times": [timing(), timing()]}, "times: .*each engine and batch size once"),
+        ({"times": [1.0]}, "times: .*not timings"),
+        ({"accuracy_low": 0.7}, "accuracy_low, accuracy_high: 0.7 to .*; they are 0.7"),
+        ({"accuracy_top5": 0.8}, "accuracy_top5: 0.8 is below accuracy"),
+        ({"balanced_accuracy": 0.84}, "balanced_accuracy: 0.84; it is 0.81"),
+        ({"onnx_exporter": "old"}, "onnx_exporter: 'old'; one of current, legacy, none"),
+        ({"onnx_exporter": "current"}, "with an exported network, only"),
+        ({"onnx_accuracy": 0.5}, "with an exported network, only"),
+        ({"forward_peak_bytes": -1}, "forward_peak_bytes: -1"),
+        ({"weight_bytes": 0}, "weight_bytes: 0"),
         ({"selected_classes": (8, 8)}, "selected_classes"),
         ({"selected_classes": ()}, "selected_classes"),
         ({"class_names": ("eight",)}, "class_names"),
@@ -117,6 +126,33 @@ KEPT = fields_of()["filters_kept_per_layer"]
 def test_figures_that_cannot_all_be_true_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         record(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"engine": "magic"}, "engine: 'magic'; one of pytorch, onnxruntime"),
+        ({"p95_ms": 1.0}, "p95_ms: 1.0 is below the median"),
+        ({"dense_median_ms": 0.0}, "dense_median_ms: 0.0"),
+        ({"ratio_low": 0.9}, "ratio: 0.7.* is not within 0.9 to"),
+        ({"pairs": 0}, "pairs: 0"),
+        ({"noisy": 1}, "noisy: 1; not true or false"),
+        ({"threads": 1.5}, "threads: 1.5"),
+    ],
+)
+def test_times_that_cannot_all_be_true_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(timing(), **changes)
+    line = json.loads(record().to_json())
+    line["times"][0] |= changes
+    with pytest.raises(ValueError, match=message):  # nor are they read
+        Record.from_json(json.dumps(line))
+
+
+def test_throughput_is_that_of_the_median():
+    assert timing(128, 10.0, 0.5).images_per_second == 25_600
+    with pytest.raises(ValueError, match="images_per_second: 1.0; it is"):
+        dataclasses.replace(timing(), images_per_second=1.0)
 
 
 def test_a_dense_model_has_all_its_filters():
@@ -177,12 +213,13 @@ def test_a_line_cut_short_is_left_out_and_the_next_run_goes_on(tmp_path, caplog,
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ('{"schema": 99}', "schema 99; this version reads schema 2"),
+        ('{"schema": 99}', "schema 99; this version reads schema 3"),
         ("{}", "schema None"),
         ("[1]", "not a record"),
-        ('{"schema": 2, "run_id": "x"}', "missing"),
-        (json.dumps({"schema": 2, **fields_of(), "surprise": 1}), "surprise"),
+        ('{"schema": 3, "run_id": "x"}', "missing"),
+        (json.dumps(json.loads(record().to_json()) | {"surprise": 1}), "surprise"),
         (record().to_json().replace('"seed": 42', '"seed": "42"'), "seed: '42'"),
+        (record().to_json().replace('"engine": "pytorch", ', ""), "engine"),
         (record().to_json().replace('"accuracy": 0.84', '"accuracy": NaN'), "accuracy: nan"),
     ],
 )
@@ -246,7 +283,8 @@ def test_csv_has_a_row_a_record_and_the_raw_figures(tmp_path):
     with path.open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [(row["stage"], float(row["ratio"])) for row in table] == [(row.stage, row.ratio) for row in rows]
-    assert set(table[0]) == {field.name for field in dataclasses.fields(Record)}
+    times = {name for name in table[0] if "_batch_" in name and name != "forward_batch_size"}
+    assert set(table[0]) - times == {field.name for field in dataclasses.fields(Record)} - {"times"}
     for cells, row in zip(table, rows, strict=True):
         assert float(cells["accuracy"]) == row.accuracy
         assert json.loads(cells["accuracy_per_class"]) == row.accuracy_per_class
@@ -262,11 +300,22 @@ def test_csv_starts_with_the_columns_that_are_read_most(tmp_path):
         (tmp_path / "results.csv")
         .read_text()
         .startswith(
-            "stage,ratio,achieved_ratio,accuracy,accuracy_all_classes,worst_class_accuracy,accuracy_per_class,macs,"
-            "macs_ratio,params,params_ratio,size_bytes,latency_ms_median,latency_ms_p95,scoring_seconds,"
-            "removal_seconds,retraining_seconds,run_id,"
+            "stage,ratio,achieved_ratio,accuracy,accuracy_low,accuracy_high,accuracy_all_classes,"
+            "worst_class_accuracy,balanced_accuracy,accuracy_per_class,macs,macs_ratio,params,params_ratio,size_bytes,"
+            "scoring_seconds,removal_seconds,retraining_seconds,run_id,"
         )
     )
+
+
+def test_csv_has_a_column_for_each_time(tmp_path):
+    rows = [record(), record(times=[timing(1, ratio=0.5, engine="onnxruntime"), timing(128, noisy=True)])]
+    write_csv(tmp_path / "results.csv", rows)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert float(first["pytorch_batch_1_median_ms"]) == rows[0].time("pytorch", 1).median_ms
+    assert (first["onnxruntime_batch_1_ratio"], second["onnxruntime_batch_1_ratio"]) == ("", "0.5")
+    assert (second["pytorch_batch_1_ratio"], second["pytorch_batch_128_noisy"]) == ("", "True")
+    assert "times" not in first
 
 
 def test_csv_keeps_names_with_commas_quotes_and_other_alphabets(tmp_path):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.selection import cases
+from costs import count_macs
 from errors import BenchmarkError, ConfigError
 from filter_selection import REGISTRY, get_criterion
 from filter_selection.base import Criterion
 from helpers import share_of
-from metrics import count_macs
 from pruner import get_pruner
 from selection import PruningSelection
 from structure import RESIDUAL, ModelGraph

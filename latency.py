@@ -1,0 +1,171 @@
+"""How long a forward pass takes beside that of another network: timed in turn, so that what slows one slows both."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from helpers import generator, placed
+from intervals import paired_ratio
+
+# torch.utils.benchmark would time one statement after the other, and its clock waits for the current device alone.
+Clock = Callable[[], float]
+"""Seconds, once everything that was begun is done."""
+Pass = Callable[[], object]
+"""One forward pass of a batch that is in place already."""
+
+STEADY_WITHIN = 0.05  # two windows of warm-up passes whose medians differ by no more are called steady
+WINDOW = 3
+LONGEST_WARMUP = 30
+# Below this many pairs no interval can be had, and one wider than this share of the ratio says nothing.
+FEWEST_PAIRS = 6
+WIDEST_INTERVAL = 0.2
+
+
+@dataclass(frozen=True)
+class PairedTimes:
+    """Milliseconds of passes of two networks, entry i of both measured one after the other; steady: after warm-up."""
+
+    dense_ms: tuple[float, ...]
+    model_ms: tuple[float, ...]
+    steady: bool
+
+    @property
+    def median_ms(self) -> float:
+        return float(np.median(self.model_ms))
+
+    @property
+    def p95_ms(self) -> float:
+        return float(np.percentile(self.model_ms, 95))
+
+    @property
+    def dense_median_ms(self) -> float:
+        return float(np.median(self.dense_ms))
+
+    def ratio(self) -> tuple[float, float, float]:
+        """Time of the model as a share of the dense network's, and the interval, see `intervals.paired_ratio`."""
+        return paired_ratio(self.dense_ms, self.model_ms)
+
+    @property
+    def few(self) -> bool:
+        return len(self.model_ms) < FEWEST_PAIRS
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the times spread too far, or are too few, to say anything."""
+        ratio, low, high = self.ratio()
+        return not self.steady or self.few or high - low > WIDEST_INTERVAL * ratio
+
+
+def time_in_pairs(
+    dense: Pass,
+    model: Pass,
+    *,
+    repeats: int,
+    warmup: int,
+    seconds: float,
+    seed: int,
+    clock: Clock = time.perf_counter,
+) -> PairedTimes:
+    """Time both passes `repeats` times, one right after the other, after at least `warmup` untimed passes of each.
+
+    Which comes first in a pair is drawn anew each time. Of a network against itself the sign of every difference is
+    then a fair coin, however the machine's load rises and falls, and the interval of their ratio keeps its promise.
+    After `seconds` no more pairs are begun, once there are enough for an interval. Raises ValueError for fewer than
+    one repeat.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats must be 1 or more and warmup 0 or more, not {repeats} and {warmup}")
+    steady = all([_warm_up(run, warmup, seconds / 4, clock) for run in (dense, model)])
+    first = torch.randint(2, (repeats,), generator=generator(seed, "order of pairs")).tolist()
+    times, start = ([], []), clock()
+    for pair, turn in enumerate(first):
+        if pair >= FEWEST_PAIRS and clock() - start > seconds:
+            break
+        for which in (turn, 1 - turn):
+            times[which].append(_milliseconds((dense, model)[which], clock))
+    return PairedTimes(tuple(times[0]), tuple(times[1]), steady)
+
+
+def _warm_up(run: Pass, least: int, seconds: float, clock: Clock) -> bool:
+    """Run until the passes no longer get faster; whether they came to that. With `least` 0, not at all."""
+    if least == 0:
+        return True
+    times = [_milliseconds(run, clock) for _ in range(max(least, 2))]
+    while True:
+        window = min(WINDOW, len(times) // 2)
+        before, now = median(times[-2 * window : -window]), median(times[-window:])
+        in_time = sum(times) < seconds * 1e3
+        if now >= (1 - STEADY_WITHIN) * before and (window == WINDOW or not in_time):
+            return True
+        if len(times) >= LONGEST_WARMUP or not in_time:
+            return False
+        times.append(_milliseconds(run, clock))
+
+
+def _milliseconds(run: Pass, clock: Clock) -> float:
+    start = clock()
+    run()
+    return (clock() - start) * 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    """A clock that waits for what was queued on this device; the CPU queues nothing."""
+    if torch.device(device).type == "cpu":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def laid_out(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on the device, in eval mode, with channels_last convolution weights, whatever the model came in.
+
+    Two models then differ by their shapes alone. The copy shares no weight with the original: a network against itself
+    must not find its weights in the cache because its twin has just used them.
+    """
+    return copy.deepcopy(placed(model, device)).eval().to(memory_format=torch.channels_last)
+
+
+def torch_pass(model: nn.Module, batch: Tensor) -> Pass:
+    """A forward pass of `batch` [B, 3, H, W] by PyTorch; what `model` is run on is on its device already."""
+    batch = batch.to(memory_format=torch.channels_last)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return model(batch)
+
+    return run
+
+
+def batch_of(images: Tensor, size: int) -> Tensor:
+    """[size, 3, H, W]: the first of these images [B, 3, H, W], again from the first on where they do not suffice."""
+    return images[torch.arange(size) % len(images)]
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """So many threads for PyTorch inside the block, None being those it has; yields the number."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def distinct(sizes: Sequence[int | str], test_batch: int) -> list[int]:
+    """Batch sizes with the word `test` put in figures, each once, ascending."""
+    return sorted({test_batch if size == "test" else size for size in sizes})
