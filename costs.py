@@ -73,7 +73,7 @@ def activation_bytes(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 @contextmanager
 def _traced(analysis: str, model: nn.Module, input_shape: Sequence[int], what: str) -> Iterator:
-    """fvcore's analysis of this name, of the model for one image, silenced; a trace that fails inside is one BenchmarkError."""
+    """fvcore's analysis of this name, for one image, silenced; a trace that fails inside is one BenchmarkError."""
     model = copy.deepcopy(model).eval()  # fvcore leaves its hooks behind when a trace fails
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)

@@ -143,6 +143,8 @@ def _reset_peak() -> bool:
     except (OSError, AttributeError):  # not glibc: what is freed stays resident
         pass
     try:
+        if not CLEAR.exists():
+            return False
         CLEAR.write_text(RESET_PEAK)
         return _resident("VmHWM") is not None
     except OSError:

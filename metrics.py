@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -167,8 +167,11 @@ def measure_inference_time_and_accuracy(
     with threads(bench.latency.threads) as count:
         times = bench.times(PYTORCH, bench.torch_passes(model))
         if network is not None:
-            onnx = Onnx(onnx.exporter, onnx.provider, onnx.difference, counts[1], onnx.content)
-            times |= bench.times(ONNX_RUNTIME, bench.onnx_passes(network))
+            onnx = replace(onnx, counts=counts[1])
+            in_onnx = bench.times(ONNX_RUNTIME, bench.onnx_passes(network))
+            times |= in_onnx
+            if not in_onnx:
+                notes.append("ONNX: the dense network was not exported, there is nothing to be timed beside")
         footprint = footprint or footprint_of(model, bench, count)
     return Measurement(counts[0], footprint, times, count, onnx, (*notes, *footprint.warnings, *_noise(times)))
 

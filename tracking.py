@@ -183,6 +183,7 @@ class WandbTracker(Tracker):
         except subprocess.TimeoutExpired:
             self._warn(f"still busy after {PATIENCE:g} s and was stopped; `wandb sync` sends what it had written")
         self._kill()
+        self._process.stdout.close()
         self._process = None
 
     def _send(self, do: str, **what: Any) -> None:
@@ -258,6 +259,8 @@ class _Dashboard:
                 self._run = wandb.init(
                     **options, mode=attempt, dir=folder, config=config, settings=wandb.Settings(**settings)
                 )
+                if not Path(self._run.settings.sync_dir).is_relative_to(folder):  # it looks for another place itself
+                    self._say("warning", f"{folder} cannot be written, it writes to {self._run.settings.sync_dir}")
                 return
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -12,13 +12,11 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
-import export
 from errors import BenchmarkError
-from export import STRUCTURE, export_onnx, load_pruned_model, read_structure, save_pruned_model, structure_of
+from export import STRUCTURE, load_pruned_model, read_structure, save_pruned_model, structure_of
 from filter_selection import get_criterion
 from models import ARCHITECTURES, get_model, replace_head
 from pruner import get_pruner
@@ -182,26 +180,3 @@ def test_no_pickle_is_read(resnet, tmp_path):
 def test_a_file_that_is_not_there_is_said(tmp_path):
     with pytest.raises(BenchmarkError, match="none.npz: cannot be read .No such file"):
         load_pruned_model(tmp_path / "none.npz")
-
-
-@pytest.mark.parametrize("exporters", [("_current_exporter", "_earlier_exporter"), ("_earlier_exporter",)])
-def test_onnx_computes_the_same_for_any_batch(resnet, tmp_path, exporters, monkeypatch):
-    if len(exporters) == 1:  # the second is what is left when the first fails
-        monkeypatch.setattr(export, "_current_exporter", lambda *_: 1 / 0)
-    export_onnx(tmp_path / "network.onnx", resnet[0], SHAPE)
-    assert [path.name for path in tmp_path.iterdir()] == ["network.onnx"]
-    session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
-    for count in (1, 5):
-        (logits,) = session.run(["logits"], {"images": images(count).numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(logits), resnet[0](images(count)), rtol=1e-3, atol=1e-4)
-
-
-def test_an_export_that_computes_something_else_is_refused(resnet, tmp_path, monkeypatch):
-    other = pruned_network("resnet18", "skip")
-    real = export._current_exporter
-    monkeypatch.setattr(export, "_current_exporter", lambda model, example: real(other, example))
-    monkeypatch.setattr(export, "_earlier_exporter", lambda model, example: 1 / 0)
-    with pytest.raises(BenchmarkError, match="its outputs differ from PyTorch's by .*division by zero"):
-        export_onnx(tmp_path / "network.onnx", resnet[0], SHAPE)
-    assert not (tmp_path / "network.onnx").exists()

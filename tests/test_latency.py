@@ -69,9 +69,11 @@ def test_each_pass_is_timed_beside_one_of_the_dense_network():
 def test_drift_cancels():
     """The machine gets twelve times slower while it measures; a pass after the other would tell a ratio far off."""
     machine = Machine()
-    slower = lambda milliseconds: lambda machine: milliseconds * (1 + 10 * machine.now)  # noqa: E731
-    plan = PLAN | {"repeats": 40}
-    pairs = time_in_pairs(machine.running("dense", slower(4)), machine.running("model", slower(3)), clock=machine, **plan)
+    dense, model = (
+        machine.running(name, lambda machine, once=once: once * (1 + 10 * machine.now))
+        for name, once in (("dense", 4), ("model", 3))
+    )
+    pairs = time_in_pairs(dense, model, clock=machine, **PLAN | {"repeats": 40})
     assert pairs.model_ms[-1] > 10 * pairs.model_ms[0]
     ratio, low, high = pairs.ratio()
     assert ratio == pytest.approx(0.75, rel=0.05) and low < 0.75 < high
