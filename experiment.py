@@ -180,7 +180,7 @@ class Experiment:
         after = result.history[result.best_epoch - 1].validation_accuracy if result.history else before
         self.tracker.curve(f"retraining/ratio_{ratio:g}", result.history)
         fell = f"retraining lowered the accuracy on validation images, from {before:.4f} to {after:.4f}"
-        images = train.num_images * len(result.history)
+        images = self.loaders.train.num_images * len(result.history)
         costs = {"retraining_seconds": result.seconds, "retraining_images": images}
         return model, costs, fell if after < before else None
 

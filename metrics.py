@@ -200,10 +200,7 @@ def _noise(times: Mapping[tuple[str, int], PairedTimes]) -> Sequence[str]:
     notes = []
     for (engine, size), pairs in times.items():
         if pairs.noisy:
-            ratio, low, high = pairs.ratio()
-            why = "never got steady" if not pairs.steady else "too few pairs" if pairs.few else "spread too wide"
-            notes.append(
-                f"latency, {engine}, batch of {size}: says nothing, {why} ({len(pairs.model_ms)} pairs, ratio "
-                f"{ratio:.3f}, interval {low:.3f} to {high:.3f})"
-            )
+            few = f"only {len(pairs.model_ms)} pairs of passes" if pairs.few else "the times spread too far"
+            why = few if pairs.steady else "the passes never got steady"
+            notes.append(f"latency, {engine}, batch of {size}: says nothing, {why}")
     return notes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -14,12 +16,16 @@ import pytest
 import torch
 import torchvision
 
+import memory
+import metrics
 from errors import ConfigError
 from filter_selection.ocap import OCAP
 from main import run
 from records import read_records
 from settings import CONFIG_DIR
 from tests.formats import write_cifar10
+from tests.wandb_file import read_run
+from tracking import class_table, results_table, row
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 SMALL = [
@@ -52,6 +58,15 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 def shared(tmp_path_factory) -> Path:
     """A folder whose cache of dense models serves all tests here."""
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_memory_process():
+    """For all runs here, since starting it takes seconds: it answers one request after the other anyway."""
+    with memory.ForwardMemory(torch.device("cpu")) as kept, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.ForwardMemory, "__exit__", lambda *_: None)
+        patch.setattr(metrics, "ForwardMemory", lambda device: kept)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +126,104 @@ def test_an_unsorted_list_of_classes_gives_the_same_figures_per_class(first, sha
     for one, other in zip(in_order, unsorted, strict=True):
         assert one.accuracy_per_class == other.accuracy_per_class
         assert one.filters_kept_per_layer == other.filters_kept_per_layer
+
+
+def test_raw_figures_give_the_records(first, shared):
+    """From the samples and counts that are kept, worked out again without the benchmark's own functions."""
+    samples = numpy.load(shared / "first" / "latency.npz")
+    confusions = numpy.load(shared / "first" / "confusion.npz")
+    for record in first:
+        name = f"{record.stage}_{record.ratio!r}"
+        assert [timing.batch_size for timing in record.times] == [1, sum(record.images_per_class.values())]
+        for timing in record.times:
+            place = f"{name}/{timing.engine}/batch_{timing.batch_size}"
+            dense, model = samples[f"{place}/dense_ms"], samples[f"{place}/model_ms"]
+            assert len(dense) == len(model) == timing.pairs == 2 and timing.noisy  # two pairs say nothing
+            assert timing.median_ms == numpy.median(model) and timing.dense_median_ms == numpy.median(dense)
+            assert timing.ratio == pytest.approx(numpy.sqrt(numpy.prod(model / dense)))  # the median of two
+        matrix = confusions[name]
+        rows = list(record.selected_classes) if record.head == "all" else range(len(record.class_names))
+        for class_name, place in zip(record.class_names, rows, strict=True):
+            assert matrix[place].sum() == record.images_per_class[class_name]
+            assert matrix[place, place] / matrix[place].sum() == record.accuracy_per_class[class_name]
+    assert set(confusions.files) == {f"{record.stage}_{record.ratio!r}" for record in first}
+    assert any("says nothing, only 2 pairs" in warning for warning in first[-1].warnings)
+
+
+def test_costs_and_surroundings_are_recorded(first, shared):
+    environment = read_json(shared / "first" / "environment.json")
+    assert {record.environment_hash for record in first} == {environment["hash"]}
+    assert environment["data"]["images"]["train"].keys() == set("0123456789")
+    dense, pruned, retrained = first[0], first[3], first[4]
+    assert (dense.scoring_images, pruned.scoring_images, retrained.scoring_images) == (None, 30, 30)
+    assert min(pruned.scoring_peak_bytes, pruned.removal_peak_bytes, retrained.retraining_peak_bytes) > 100e6
+    trained_on = sum(environment["data"]["images"]["train"][name] for name in dense.class_names)
+    assert retrained.retraining_images == trained_on  # one epoch
+    assert pruned.forward_peak_bytes == retrained.forward_peak_bytes > 0
+    assert first[-1].activation_bytes < dense.activation_bytes
+    assert pruned.weight_bytes < pruned.size_bytes < 1.02 * pruned.weight_bytes
+
+
+@pytest.fixture(scope="module")
+def dashboard(shared):
+    """A run with ONNX Runtime and W&B, as its user would type it, and what it printed."""
+    command = [sys.executable, str(MAIN), *SMALL, f"cache_dir={shared / 'cache'}", "pruning.pruning_ratio=[0.9]"]
+    command += ["inference_with_onnx=true", "log_results=true", "wandb.tags=[quick]", "latency.batch_sizes=[2]"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    command.append(f"hydra.run.dir={shared / 'dashboard'}")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=shared, env=environment)
+    assert done.returncode == 0, done.stderr
+    return shared / "dashboard", read_records(shared / "dashboard" / "records.jsonl"), done
+
+
+def test_onnx_runtime_answers_as_pytorch_does(dashboard):
+    _, records, done = dashboard
+    for record in records:
+        assert record.onnx_exporter == "current" and record.onnx_difference < 1e-4
+        assert record.onnx_accuracy == record.accuracy
+        assert [(timing.engine, timing.batch_size) for timing in record.times] == [("pytorch", 2), ("onnxruntime", 2)]
+    assert records[-1].onnx_size_bytes < records[0].onnx_size_bytes
+    assert "ONNX Runtime: the same accuracy in every row" in done.stdout
+
+
+def test_the_dashboard_holds_what_the_records_hold(dashboard):
+    folder, records, done = dashboard
+    found = read_run(folder)
+    assert found["exit"] == 0 and "W&B: kept in" in done.stderr
+    assert found["config"]["pruning"]["pruning_ratio"] == [0.9] and found["config"]["wandb"]["tags"] == ["quick"]
+    assert found["config"]["environment"]["hash"] == records[0].environment_hash
+    columns, values = results_table(records)
+    assert (found["tables"]["results"]["columns"], found["tables"]["results"]["data"]) == (columns, values)
+    assert found["tables"]["classes"]["data"] == class_table(records)[1]
+    for name, epochs in (("training", [1, 2]), ("retraining/ratio_0.9", [1])):
+        assert [line[f"{name}/epoch"] for line in found["history"] if f"{name}/epoch" in line] == epochs
+    rows = [line for line in found["history"] if "accuracy_after" in line]
+    assert [line["pruning_ratio"] for line in rows] == [0, 0.9]
+    final = row(records[0], records[-2], records[-1])
+    assert {name: rows[-1][name] for name in final} == final
+    assert {name: found["summary"][name] for name in final} == final and found["summary"]["seconds"] > 0
+    assert set(found["images"]) == {f"plots/{path.stem}" for path in (folder / "plots").glob("*.png")}
+
+
+def test_a_run_that_is_killed_leaves_whole_records(first, shared):
+    """kill -9 while it measures, with W&B at its side: what was recorded stays, and is reported."""
+    folder = shared / "killed"
+    command = [sys.executable, str(MAIN), *SMALL, f"cache_dir={shared / 'cache'}", "log_results=true"]
+    process = subprocess.Popen(
+        [*command, f"hydra.run.dir={folder}"], cwd=shared, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    records, deadline = folder / "records.jsonl", time.monotonic() + 120
+    while not (records.exists() and records.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    whole = read_records(records)
+    assert len(whole) >= 2 and [r.stage for r in whole[:2]] == ["dense", "pruned"]
+    assert whole[1].accuracy_per_class == first[1].accuracy_per_class
+    assert not list(folder.rglob("*.partial"))
+    assert "dense, all logits" in subprocess.run(
+        [sys.executable, str(MAIN.parent / "report.py"), str(folder)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_classes_by_name_are_the_same_classes(first, shared):

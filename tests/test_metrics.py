@@ -119,7 +119,7 @@ def test_times_that_say_nothing_are_warned_of():
     with Bench(small_net(), images(), device=CPU, latency=latency(repeats=2), onnx=False, seed=0) as bench:
         measured = measure_inference_time_and_accuracy(small_net(), batches(), 4, bench)
     told = [text for text in measured.warnings if text.startswith("latency, pytorch, batch of")]
-    assert len(told) == 2 and all("says nothing, too few pairs (2 pairs" in text for text in told)
+    assert len(told) == 2 and all("says nothing, only 2 pairs of passes" in text for text in told)
 
 
 def test_noise_names_its_cause():
@@ -127,7 +127,7 @@ def test_noise_names_its_cause():
     unsteady = PairedTimes((1.0,) * 20, (1.0,) * 20, steady=False)
     fine = PairedTimes((1.0,) * 20, (0.5,) * 20, steady=True)
     told = metrics._noise({("pytorch", 1): spread, ("pytorch", 8): unsteady, ("onnxruntime", 8): fine})
-    assert len(told) == 2 and "spread too wide" in told[0] and "never got steady" in told[1]
+    assert len(told) == 2 and "the times spread too far" in told[0] and "never got steady" in told[1]
 
 
 def test_macs_are_counted_at_the_size_of_the_images(bench):

@@ -97,7 +97,8 @@ def test_a_run_is_read_back_from_its_file(tmp_path, caplog):
     assert found["tables"]["classes"]["columns"] == columns and found["tables"]["classes"]["data"] == values
     final = {**row(rows[0], rows[-2], rows[-1]), "seconds": 12.5}
     assert {name: found["summary"][name] for name in final} == final
-    assert Image.open(found["images"]["plots/accuracy"]).size == (40, 30)
+    with Image.open(found["images"]["plots/accuracy"]) as picture:
+        assert picture.size == (40, 30)
     assert found["exit"] == 0
     assert "kept in " in caplog.text and "WARNING" not in caplog.text
 
