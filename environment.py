@@ -24,8 +24,8 @@ def environment(settings: Any, data: Mapping[str, Any] | None = None) -> dict[st
     """A plain dict for environment.json; what does not exist or cannot be found out is None.
 
     `settings` (dataclass or dict) enters by its hash and its device, `data` as it is. Imports torch, which answers for
-    threads and GPUs. The entry `hash` stands for all others but the time. Raises ConfigError for a device that is not
-    there.
+    threads and GPUs. The entry `hash` stands for all others but the time and the configuration: runs that share it were
+    made alike. Raises ConfigError for a device that is not there.
     """
     import torch
 
@@ -51,7 +51,8 @@ def environment(settings: Any, data: Mapping[str, Any] | None = None) -> dict[st
         "gpu_driver": _first_line("/proc/driver/nvidia/version"),
         "data": dict(data) if data is not None else None,
     }
-    return found | {"hash": config_hash({key: value for key, value in found.items() if key != "time_utc"})}
+    alike = {key: value for key, value in found.items() if key not in ("time_utc", "config_hash")}
+    return found | {"hash": config_hash(alike)}
 
 
 def config_hash(settings: Any) -> str:

@@ -191,7 +191,7 @@ class Experiment:
         if not self.settings.save_pruned_models or stage == "dense":
             return [], []
         from export import save_pruned_model, structure_of
-        from onnx_network import exported  # takes a second
+        from onnx_network import exported, told  # takes a second
 
         indices = self.settings.selected_classes if head == "selected" else range(len(self.settings.class_names))
         structure = structure_of(
@@ -215,9 +215,12 @@ class Experiment:
         content = measured.onnx and measured.onnx.content
         if measured.onnx is None:
             try:
-                content = exported(model, self.factory.input_shape, self.bench.images).content
+                made = exported(model, self.factory.input_shape, self.bench.images)
+                content, trouble = made.content, told(made)
             except BenchmarkError as error:
-                trouble.append(f"{name}: {error}")
+                trouble.append(f"ONNX: {error}; {name} is kept as .npz alone")
+            for text in trouble:
+                log.warning(text)
         if content is not None:
             write_whole(folder / f"{name}.onnx", content)
             saved.append(f"models/{name}.onnx")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import generator, placed
-from intervals import paired_ratio
+from intervals import FEWEST_PAIRS, paired_ratio
 
 # torch.utils.benchmark would time one statement after the other, and its clock waits for the current device alone.
 Clock = Callable[[], float]
@@ -25,14 +25,20 @@ Pass = Callable[[], object]
 STEADY_WITHIN = 0.05  # two windows of warm-up passes whose medians differ by no more are called steady
 WINDOW = 3
 LONGEST_WARMUP = 30
-# Below this many pairs no interval can be had, and one wider than this share of the ratio says nothing.
-FEWEST_PAIRS = 6
-WIDEST_INTERVAL = 0.2
+WIDEST_INTERVAL = 0.2  # as a share of the ratio; a wider one says nothing
+# Seconds. A shorter pass is timed right after an untimed one of the same network, as it would run by itself: its own
+# weights in the cache, not the other's. Otherwise whichever network the cache happens to favour stays ahead, in every
+# pair of a measurement: a network against itself was seen to be 5 % faster, with 1.0 outside of the interval. In a
+# longer pass the weights are read once for much computation.
+SETTLED_BELOW = 0.1
 
 
 @dataclass(frozen=True)
 class PairedTimes:
-    """Milliseconds of passes of two networks, entry i of both measured one after the other; steady: after warm-up."""
+    """Milliseconds of passes of two networks, entry i of both measured one after the other.
+
+    steady: they no longer got faster when the warm-up ended; without a warm-up nobody looked, and it is true.
+    """
 
     dense_ms: tuple[float, ...]
     model_ms: tuple[float, ...]
@@ -75,12 +81,12 @@ def time_in_pairs(
     seed: int,
     clock: Clock = time.perf_counter,
 ) -> PairedTimes:
-    """Time both passes `repeats` times, one right after the other, after at least `warmup` untimed passes of each.
+    """Time both passes `repeats` times, one after the other, after at least `warmup` untimed passes of each.
 
     Which comes first in a pair is drawn anew each time. Of a network against itself the sign of every difference is
     then a fair coin, however the machine's load rises and falls, and the interval of their ratio keeps its promise.
-    After `seconds` no more pairs are begun, once there are enough for an interval. Raises ValueError for fewer than
-    one repeat.
+    Short passes are each preceded by an untimed one of the same network, see `SETTLED_BELOW`. After `seconds` no more
+    pairs are begun, once there are enough for an interval. Raises ValueError for fewer than one repeat.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be 1 or more and warmup 0 or more, not {repeats} and {warmup}")
@@ -91,7 +97,10 @@ def time_in_pairs(
         if pair >= FEWEST_PAIRS and clock() - start > seconds:
             break
         for which in (turn, 1 - turn):
-            times[which].append(_milliseconds((dense, model)[which], clock))
+            run = (dense, model)[which]
+            if not times[which] or min(times[which]) < SETTLED_BELOW * 1e3:
+                run()
+            times[which].append(_milliseconds(run, clock))
     return PairedTimes(tuple(times[0]), tuple(times[1]), steady)
 
 

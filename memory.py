@@ -12,6 +12,8 @@ import ctypes
 import io
 import logging
 import os
+import selectors
+import statistics
 import struct
 import subprocess
 import sys
@@ -30,6 +32,10 @@ log = logging.getLogger(__name__)
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what to write into CLEAR, see proc(5)
 LENGTH = struct.Struct("<Q")
+LONGEST_ANSWER = 100_000  # bytes
+PATIENCE = 300.0  # seconds that an answer may take
+PASSES = 5
+LEAST = 2**20  # bytes; less is lost among the pages that threads and libraries take and give back
 # glibc's mallopt: blocks from so many bytes on are mapped one by one, and given back when freed. Otherwise freed memory
 # stays with the process, and what a pass takes from there does not show.
 M_MMAP_THRESHOLD, MAPPED_FROM = -3, 64 * 1024
@@ -60,6 +66,7 @@ class ForwardMemory:
     def __init__(self, device: torch.device):
         self.device = torch.device(device)
         self._process: subprocess.Popen | None = None
+        self._answers: BinaryIO | None = None
 
     def __enter__(self) -> ForwardMemory:
         return self
@@ -68,25 +75,50 @@ class ForwardMemory:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
+            self._answers.close()
             self._process = None
 
     def peak_bytes(self, model: nn.Module, input_shape: Sequence[int], batch_size: int, threads: int) -> int:
         """Bytes that a pass of `batch_size` images [C, H, W] takes at its peak, beyond the weights and the images.
 
         What the pass allocates: activations, and what the kernels need to lay out weights and columns. It depends on
-        shapes, not on values. Raises BenchmarkError where it cannot be measured.
+        shapes, not on values. The median of several passes on the CPU. Raises BenchmarkError where it cannot be
+        measured, or is too little to be.
         """
         shape = (batch_size, *input_shape)
         if self.device.type == "cuda":
             model = copy.deepcopy(model).to(self.device, memory_format=torch.channels_last).eval()
             return _growth_on_cuda(model, _images(shape, model).to(self.device))
         try:
-            return int(self._ask({"model": _shapes_only(model), "shape": shape, "threads": threads}))
+            found = int(self._ask({"model": _shapes_only(model), "shape": shape, "threads": threads}))
+            if found < LEAST:
+                raise BenchmarkError("memory of a forward pass: not measured, it is below 1 MiB")
+            return found
         except BenchmarkError:
             raise
         except Exception as error:  # whatever pickling or the other process trips over
             self.__exit__()
             raise BenchmarkError(f"memory of a forward pass: not measured ({type(error).__name__}: {error})") from error
+
+    def _start(self) -> None:
+        """Start the process and wait until it is ready: what it does to start must not disturb what is timed next.
+
+        In a session of its own, since Ctrl-C is for the run, with which it ends. Its answers have a pipe of their own,
+        since anything may print.
+        """
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # classes come from anywhere
+        ours, its = os.pipe()
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), str(its)]
+        try:
+            self._answers = os.fdopen(ours, "rb", buffering=0)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, pass_fds=(its,),
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(its)
+        if _receive(self._answers, PATIENCE) != b"ready":
+            raise RuntimeError("its process did not start")
 
     def _ask(self, request: dict[str, Any]) -> int:
         if not STATUS.exists() or not CLEAR.exists():
@@ -94,9 +126,9 @@ class ForwardMemory:
         content = io.BytesIO()
         torch.save(request, content)
         if self._process is None:
-            self._process = _started()
+            self._start()
         _send(self._process.stdin, content.getvalue())
-        answer = _receive(self._process.stdout)
+        answer = _receive(self._answers, PATIENCE)
         if answer is None:
             code = self._process.wait()
             raise RuntimeError(f"its process ended with {code}, was there too little memory?")
@@ -104,16 +136,6 @@ class ForwardMemory:
         if kind != "bytes":
             raise BenchmarkError(f"memory of a forward pass: not measured ({text})")
         return int(text)
-
-
-def _started() -> subprocess.Popen:
-    """The process, ready: what it does to start must not disturb what is timed next."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # classes come from anywhere
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve())]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    if _receive(process.stdout) != b"ready":
-        raise RuntimeError("its process did not start")
-    return process
 
 
 def _shapes_only(model: nn.Module) -> nn.Module:
@@ -130,10 +152,23 @@ def _send(stream: BinaryIO, content: bytes) -> None:
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> bytes | None:
-    """One message, or None where the other side has ended."""
+def _receive(stream: BinaryIO, patience: float | None = None) -> bytes | None:
+    """One message, or None where the other side has ended. Raises TimeoutError after so many seconds."""
+    if patience is not None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            if not selector.select(patience):
+                raise TimeoutError(f"no answer within {patience:g} s")
     header = stream.read(LENGTH.size)
-    return stream.read(*LENGTH.unpack(header)) if len(header) == LENGTH.size else None
+    if len(header) != LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(header)
+    if patience is not None and length > LONGEST_ANSWER:
+        raise ValueError("its answer is none")
+    parts = b""
+    while len(parts) < length and (part := stream.read(length - len(parts))):
+        parts += part
+    return parts
 
 
 def _reset_peak() -> bool:
@@ -186,14 +221,17 @@ def _growth_here(request: dict[str, Any]) -> int:
     model = model.eval().to(memory_format=torch.channels_last)
     torch.set_num_threads(request["threads"])
     images = _images(request["shape"], model)
+    growths = []
     with torch.inference_mode():
         model(images[:1])
         model(images)
-        if not _reset_peak():
-            raise RuntimeError("the high-water mark of memory cannot be reset here")
-        before = _resident("VmRSS")
-        model(images)
-    return max(_resident("VmHWM") - before, 0)
+        for _ in range(PASSES):
+            if not _reset_peak():
+                raise RuntimeError("the high-water mark of memory cannot be reset here")
+            before = _resident("VmRSS")
+            model(images)
+            growths.append(_resident("VmHWM") - before)
+    return round(statistics.median(growths))
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -209,6 +247,5 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a model prints must not get between the answers
-    _serve(sys.stdin.buffer, pipe)
+    with os.fdopen(int(sys.argv[1]), "wb") as pipe:
+        _serve(sys.stdin.buffer, pipe)

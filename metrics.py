@@ -38,7 +38,7 @@ class Footprint:
         size_bytes: of the file that `torch.save(model.state_dict(), file)` writes.
         weight_bytes: of parameters and buffers in memory.
         activation_bytes: of one image, see `costs.activation_bytes`.
-        forward_peak_bytes: of a pass of `forward_batch_size` images, see `memory.ForwardMemory`.
+        forward_peak_bytes: of a pass of the first test batch, `forward_batch_size` images, see `memory.ForwardMemory`.
     """
 
     params: int
@@ -95,7 +95,7 @@ class Bench:
         sizes = distinct(latency.batch_sizes, len(images))
         self.batches = {size: batch_of(images, size).to(device) for size in sizes}
         self.memory = ForwardMemory(device)
-        self._dense, self._dense_onnx, self._passes = dense, None, {}
+        self._dense, self._dense_in_onnx, self._passes = dense, None, {}
 
     def __enter__(self) -> Bench:
         return self
@@ -127,7 +127,15 @@ class Bench:
 
     def to_onnx(self, model: nn.Module) -> tuple[nn.Module | None, Onnx, list[str]]:
         """The network in ONNX Runtime, what is to be said of it, and warnings; None where no exporter manages."""
-        from onnx_network import OnnxNetwork, exported  # ONNX takes seconds to import, for those who ask for it
+        if model is self._dense and self._dense_in_onnx is not None:
+            return self._dense_in_onnx
+        made = self._to_onnx(model)
+        if model is self._dense:
+            self._dense_in_onnx = made
+        return made
+
+    def _to_onnx(self, model: nn.Module) -> tuple[nn.Module | None, Onnx, list[str]]:
+        from onnx_network import OnnxNetwork, exported, told  # ONNX takes seconds to import, for those who ask for it
 
         try:
             made = exported(model, self.images.shape[1:], self.images)
@@ -136,7 +144,7 @@ class Bench:
             text = f"ONNX: {error}; PyTorch's figures stand alone"
             log.warning(text)
             return None, Onnx("none"), [text]
-        notes = [f"ONNX: made by the {made.exporter} exporter; {reason}" for reason in made.refused]
+        notes = told(made)
         for note in notes:
             log.warning(note)
         if self.device.type == "cuda" and network.provider != "CUDAExecutionProvider":
@@ -178,7 +186,7 @@ def measure_inference_time_and_accuracy(
 
 def footprint_of(model: nn.Module, bench: Bench, threads: int) -> Footprint:
     """What follows from the network's shapes, for images as large as those of the bench."""
-    shape, batch = tuple(bench.images.shape[1:]), max(bench.batches)
+    shape, batch = tuple(bench.images.shape[1:]), len(bench.images)
     macs = activations = peak = None
     notes = []
     try:

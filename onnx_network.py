@@ -74,6 +74,11 @@ def exported(model: nn.Module, input_shape: Sequence[int], images: Tensor | None
     raise BenchmarkError(f"cannot be exported to ONNX: {'; '.join(reasons)}")
 
 
+def told(made: Exported) -> list[str]:
+    """What is to be said of an export that fell back."""
+    return [f"ONNX: made by the {made.exporter} exporter; {reason}" for reason in made.refused]
+
+
 class OnnxNetwork(nn.Module):
     """An exported network as a module: images [B, C, H, W] in, logits [B, classes] out, on the images' device.
 
@@ -90,9 +95,10 @@ class OnnxNetwork(nn.Module):
         options.log_severity_level = 3
         # Threads that go on spinning after a pass would take the cores from the network that is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        wanted = [CUDA, CPU] if torch.device(device).type == "cuda" else [CPU]
-        available = onnxruntime.get_available_providers()
-        providers = [provider for provider in wanted if provider in available]
+        device = torch.device(device)
+        self.index = device.index or 0
+        on_cuda = device.type == "cuda" and CUDA in onnxruntime.get_available_providers()
+        providers = [(CUDA, {"device_id": self.index}), CPU] if on_cuda else [CPU]
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         except Exception as error:
@@ -108,10 +114,10 @@ class OnnxNetwork(nn.Module):
         import onnxruntime
 
         binding = self.session.io_binding()
-        place = "cuda" if self.provider == CUDA else "cpu"
+        place, index = ("cuda", self.index) if self.provider == CUDA else ("cpu", 0)
         pixels = batch.detach().cpu().contiguous().numpy()
-        binding.bind_ortvalue_input(INPUT, onnxruntime.OrtValue.ortvalue_from_numpy(pixels, place, 0))
-        binding.bind_output(OUTPUT, place, 0)
+        binding.bind_ortvalue_input(INPUT, onnxruntime.OrtValue.ortvalue_from_numpy(pixels, place, index))
+        binding.bind_output(OUTPUT, place, index)
 
         def run() -> None:
             self.session.run_with_iobinding(binding)

@@ -5,12 +5,12 @@ Each function takes the records of one run and returns a figure, or None where n
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from intervals import FEWEST_PAIRS
 from plot_labels import label_ends, label_right, mark_ratios
 from plot_style import FAINT, INK, PALE, STYLE, draw_heat_map, heat_maps, method_colour, title
 from records import Record
@@ -227,15 +227,20 @@ def latency_over_macs(records: Sequence[Record]) -> Figure | None:
         labels = []
         for place, (engine, size) in enumerate(timed(line)):
             points = [(100 * r.macs_ratio, r.time(engine, size)) for r in line if r.time(engine, size) is not None]
-            x, y = [macs for macs, _ in points], [100 * timing.ratio for _, timing in points]
-            below, above = zip(*((t.ratio - t.ratio_low, t.ratio_high - t.ratio) for _, t in points), strict=True)
-            colour = ENGINE_COLOURS[engine]
-            look = {"marker": "os^Dv"[place % 5], "linestyle": "-" if engine == "pytorch" else (0, (4, 2))}
-            look |= {"color": colour, "linewidth": 1.2, "elinewidth": 0.8, "markersize": 4.5, "zorder": 3}
-            axes.errorbar(x, y, 100 * np.array((below, above)), **look)
+            look = {"color": ENGINE_COLOURS[engine], "marker": "os^Dv"[place % 5], "markersize": 4.5, "zorder": 3}
+            dashes = {"linestyle": "-" if engine == "pytorch" else (0, (4, 2)), "linewidth": 1.2, "marker": ""}
+            axes.plot([macs for macs, _ in points], [100 * t.ratio for _, t in points], **look | dashes)
+            for macs, timing in points:
+                bars = (timing.ratio - timing.ratio_low, timing.ratio_high - timing.ratio)
+                few = timing.pairs < FEWEST_PAIRS  # too few for an interval
+                error = None if few else [[100 * bar] for bar in bars]
+                faded = {"markerfacecolor": "white", "alpha": 0.5} if timing.noisy else {}
+                axes.errorbar([macs], [100 * timing.ratio], error, elinewidth=0.8, **look | faded)
             least = min(points, key=lambda point: point[0])
-            labels.append((least[0], 100 * least[1].ratio, f"{engine_name(engine)}, {size}", colour))
-        highest = max(100 * timing.ratio_high for record in line for timing in record.times)
+            labels.append((least[0], 100 * least[1].ratio, f"{engine_name(engine)}, {size}", ENGINE_COLOURS[engine]))
+        times = [timing for record in line for timing in record.times]
+        # What says nothing must not squeeze what does.
+        highest = max([100 * t.ratio_high for t in times if not t.noisy] or [100 * t.ratio for t in times])
         smallest = min(100 * record.macs_ratio for record in line)
         axes.set_xlim(max(0, smallest - 0.4 * (104 - smallest) - 4), 104)
         axes.set_ylim(0, max(104, 1.04 * highest))
@@ -246,7 +251,8 @@ def latency_over_macs(records: Sequence[Record]) -> Figure | None:
         axes.annotate("as few as MACs", (middle, middle), (4, -4), **beside)
         label_ends(axes, labels)
         axes.set_xlabel("MACs left (% of the dense model); beside each line: engine and images a batch")
-        axes.set_ylabel("latency left (% of the dense model, 99 % interval)")
+        hollow = "; hollow: says nothing" if any(timing.noisy for timing in times) else ""
+        axes.set_ylabel(f"latency left (% of the dense model, with interval{hollow})")
         title(figure, line[0], "What fewer MACs buy in measured latency")
     return figure
 

@@ -38,8 +38,8 @@ class Timing:
     """Passes of one batch by one engine, each timed right beside a pass of the dense network with all logits.
 
     ratio: time as a share of the dense network's, the median over the pairs; ratio_low, ratio_high: its bootstrap
-    interval at 99 %. noisy: the interval is too wide to say anything, the pairs too few, or the passes never got
-    steady. Raises ValueError for figures that cannot all be true.
+    interval, nominally 99 %. noisy: the interval is too wide to say anything, the pairs too few, or the passes never
+    got steady. Raises ValueError for figures that cannot all be true.
     """
 
     engine: str  # pytorch | onnxruntime
@@ -254,26 +254,34 @@ def read_records(path: str | Path) -> list[Record]:
     return records
 
 
-def write_csv(path: str | Path, records: Iterable[Record]) -> None:
-    """A row a record; per-class and per-layer figures and lists are JSON in one cell, None is an empty cell.
-
-    Times have a column each, as `pytorch_batch_64_median_ms`.
-    """
+def spread(records: Iterable[Record]) -> tuple[list[str], list[list[Any]]]:
+    """Column names and a row a record; times have a column for each of their figures, as `pytorch_batch_64_ratio`."""
     records = list(records)
     plain = [field.name for field in fields(Record) if field.name not in (*_CSV_FIRST, _TIMES)]
     measured = sorted({(timing.engine, timing.batch_size) for record in records for timing in record.times})
     kept = [field.name for field in fields(Timing) if field.name not in ("engine", "batch_size")]
     columns = [*_CSV_FIRST, *(f"{e}_batch_{size}_{name}" for e, size in measured for name in kept), *plain]
+    rows = []
+    for record in records:
+        times = [record.time(*which) for which in measured]
+        rows.append([getattr(record, column) for column in _CSV_FIRST])
+        rows[-1] += [None if timing is None else getattr(timing, name) for timing in times for name in kept]
+        rows[-1] += [getattr(record, column) for column in plain]
+    return columns, rows
+
+
+def write_csv(path: str | Path, records: Iterable[Record]) -> None:
+    """A row a record; per-class and per-layer figures and lists are JSON in one cell, None is an empty cell.
+
+    Columns are those of `spread`.
+    """
+    columns, rows = spread(records)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    for record in records:
-        times = [record.time(*which) for which in measured]
-        values = [getattr(record, column) for column in _CSV_FIRST]
-        values += [None if timing is None else getattr(timing, name) for timing in times for name in kept]
-        values += [getattr(record, column) for column in plain]
+    for row in rows:
         packed = (tuple, dict)
-        writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, packed) else v for v in values])
+        writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, packed) else v for v in row])
     write_whole(path, text.getvalue())
 
 

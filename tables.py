@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
+from intervals import FEWEST_PAIRS
 from records import Record, Timing
 
 MISSING = "-"
@@ -74,7 +75,8 @@ def _latency_share(timing: Timing | None) -> str:
 def _latency(timing: Timing | None) -> str:
     if timing is None:
         return MISSING
-    return f"{timing.median_ms:.2f}  {_latency_share(timing)} ({timing.ratio_low:.3f}-{timing.ratio_high:.3f})"
+    interval = f" ({timing.ratio_low:.3f}-{timing.ratio_high:.3f})" if timing.pairs >= FEWEST_PAIRS else ""
+    return f"{timing.median_ms:.2f}  {_latency_share(timing)}{interval}"
 
 
 def _share(ratio: float | None) -> str:
@@ -121,12 +123,13 @@ def _speed_table(records: list[Record]) -> list[str]:
         times = [_latency(record.time(*each)) for each in which]
         memory = MISSING if record.forward_peak_bytes is None else f"{scaled(record.forward_peak_bytes)}B"
         rows.append([stage_name(record), asked, *times, memory])
+    noisy = any(timing.noisy for record in records for timing in record.times)
     threads = sorted({timing.threads for record in records for timing in record.times})
     batch = sorted({record.forward_batch_size for record in records})
     notes = [
         "",
-        "latency: median ms of a pass; its share of the dense model's, timed in turn, with the 99 % interval",
-        "~: the times spread too far to say anything" if any(t.noisy for r in records for t in r.times) else "",
+        "latency: median ms of a pass; share of the dense model's, timed in turn, and its interval (nominally 99 %)",
+        "~: the times spread too far, or are too few, to say anything" if noisy else "",
         f"threads: {' or '.join(map(str, threads))}; memory: beyond weights and images, batch of "
         f"{' or '.join(map(str, batch))}",
     ]
@@ -141,9 +144,11 @@ def _onnx(records: list[Record]) -> list[str]:
         return []
     off = max(abs(record.onnx_accuracy - record.accuracy) for record in ran)
     difference = max(record.onnx_difference for record in ran)
-    sizes = f"{scaled(ran[0].onnx_size_bytes)}B to {scaled(min(record.onnx_size_bytes for record in ran))}B"
-    same = "the same accuracy in every row" if off == 0 else f"accuracy off by up to {100 * off:.2f} points"
-    return [f"ONNX Runtime: {same}, outputs within {difference:.0e} of PyTorch's, files of {sizes}"]
+    rows = "in every row" if len(ran) == len(records) else f"in the {len(ran)} of {len(records)} rows that it ran"
+    sizes = [record.onnx_size_bytes for record in ran]
+    files = f"files of {scaled(max(sizes))}B" + (f" to {scaled(min(sizes))}B" if min(sizes) < max(sizes) else "")
+    same = f"the same accuracy {rows}" if off == 0 else f"accuracy off by up to {100 * off:.2f} points {rows}"
+    return [f"ONNX Runtime: {same}, outputs within {difference:.0e} of PyTorch's, {files}"]
 
 
 def describe_classes(names: Sequence[str], room: int = 60) -> str:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-if TYPE_CHECKING:
-    from records import Record
+from records import Record, spread
 
 log = logging.getLogger(__name__)
 
@@ -96,15 +97,16 @@ def row(dense: Record, pruned: Record, retrained: Record | None) -> dict[str, fl
     for name in ("flops", "macs"):
         values |= {f"{name}_before": dense.macs, f"{name}_after": final.macs, f"{name}_ratio": final.macs_ratio}
     for each in final.times:
-        values[f"latency/{each.engine}_batch_{each.batch_size}_ratio"] = each.ratio
+        for figure in ("ratio", "ratio_low", "ratio_high", "noisy"):
+            values[f"latency/{each.engine}_batch_{each.batch_size}_{figure}"] = getattr(each, figure)
     return {name: value for name, value in values.items() if value is not None}
 
 
 def results_table(records: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: every record with each of its fields that is one value."""
-    plain = (int, float, str)
-    columns = [f.name for f in fields(records[0]) if any(isinstance(getattr(r, f.name), plain) for r in records)]
-    return columns, [[getattr(record, column) for column in columns] for record in records]
+    columns, rows = spread(records)
+    plain = [place for place in range(len(columns)) if any(isinstance(row[place], (int, float, str)) for row in rows)]
+    return [columns[place] for place in plain], [[row[place] for place in plain] for row in rows]
 
 
 def class_table(records: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
@@ -132,23 +134,27 @@ class WandbTracker(Tracker):
         self._process: subprocess.Popen | None = None
         self._threads: list[threading.Thread] = []
         folder = Path(os.environ.get("WANDB_DIR") or run_dir)
+        # What W&B keeps for the moment: it leaves that behind when it is killed.
+        self._temporary = tempfile.TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True)
         try:
             with (run_dir / LOG_FILE).open("wb") as errors:
                 # In a session of its own: Ctrl-C is for the run, which then ends this process in an orderly way.
                 self._process = subprocess.Popen(
                     [sys.executable, str(Path(__file__).resolve())],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+                    env=os.environ | {"TMPDIR": self._temporary.name},
                 )  # fmt: skip
         except OSError as error:
             self._warn(f"cannot be started ({error.strerror or error})")
             return
-        for work in (self._write, self._read):
-            thread = threading.Thread(target=work, daemon=True)
+        for work, stream in ((self._write, self._process.stdin), (self._read, self._process.stdout)):
+            thread = threading.Thread(target=work, args=(stream,), daemon=True)
             thread.start()
             self._threads.append(thread)
         self._send("start", options=dict(options), folder=str(folder.resolve()), config=dict(config))
 
     def curve(self, name: str, history: Iterable[Any]) -> None:
+        name = name.replace(".", "_")  # W&B reads a dot in a defined name as a step into a nested value
         for epoch in history:
             values = {f"{name}/{key}": value for key, value in asdict(epoch).items()}
             self._send("log", values=values, step=f"{name}/epoch")
@@ -183,27 +189,30 @@ class WandbTracker(Tracker):
         except subprocess.TimeoutExpired:
             self._warn(f"still busy after {PATIENCE:g} s and was stopped; `wandb sync` sends what it had written")
         self._kill()
+        for thread in self._threads:  # with the process gone, nothing keeps them
+            thread.join(5)
         self._process.stdout.close()
         self._process = None
+        self._temporary.cleanup()
 
     def _send(self, do: str, **what: Any) -> None:
         if self._process is not None:
             self._lines.put(json.dumps({"do": do, **what}, default=str) + "\n")
 
-    def _write(self) -> None:
+    def _write(self, stream: TextIO) -> None:
         """Thread: lines to the process, for as long as there are any and it takes them."""
         try:
             while (line := self._lines.get()) is not None:
-                self._process.stdin.write(line)
-                self._process.stdin.flush()
+                stream.write(line)
+                stream.flush()
         except (OSError, ValueError):  # it has ended: `close` says so
             pass
         with contextlib.suppress(OSError, ValueError):
-            self._process.stdin.close()
+            stream.close()
 
-    def _read(self) -> None:
+    def _read(self, stream: TextIO) -> None:
         """Thread: what the process has to say."""
-        for line in self._process.stdout:
+        for line in stream:
             with contextlib.suppress(ValueError, KeyError):
                 said = json.loads(line)
                 if said["kind"] == "warning":
@@ -212,7 +221,7 @@ class WandbTracker(Tracker):
                     log.info("W&B: %s", said["text"])
 
     def _kill(self) -> None:
-        """The process and whatever it has started."""
+        """The process; W&B's own helper ends with it, since it watches it."""
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -242,6 +251,8 @@ class _Dashboard:
                 failed = message["failed"]
                 break
             getattr(self, f"_{do}")(**message)
+        else:  # nobody waits any more, so nobody would end what takes too long
+            signal.alarm(math.ceil(PATIENCE))
         if self._run is not None:
             self._run.finish(exit_code=int(failed))
             place = self._run.settings.sync_dir

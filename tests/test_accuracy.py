@@ -174,6 +174,15 @@ def test_top5_counts_the_five_highest_with_a_hundred_logits_or_more():
     assert evaluate(Ranked(TOP5_FROM - 1), cut([0], [0], 2), TOP5_FROM - 1, CPU).accuracy_top5 is None
 
 
+def test_what_is_right_at_once_is_right_within_five_where_logits_tie():
+    class Dead(nn.Module):
+        def forward(self, images):
+            return torch.zeros(len(images), TOP5_FROM)
+
+    counts = evaluate(Dead(), cut([0, 0], [0, 50], 2), TOP5_FROM, CPU)
+    assert counts.accuracy == 0.5 and counts.accuracy_top5 >= 0.5
+
+
 def test_several_models_read_the_images_once():
     readings = []
 

@@ -165,7 +165,7 @@ def test_activations_of_a_layer_by_hand():
 # Pruned
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(name=st.sampled_from(["resnet18", "vgg16_bn", "mobilenet_v2"]), ratio=st.floats(0.1, 0.95))
 def test_costs_of_pruned_networks_agree_with_the_second_counters(name, ratio):
     """MACs with torch's own counter, activations with hooks, on widths of every kind."""

@@ -62,7 +62,10 @@ def resnet(folder) -> tuple[torch.nn.Module, Path]:
     return model, folder / "resnet18.npz"
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("vgg16", "vgg16_bn")]  # half a gigabyte each
+
+
+@pytest.mark.parametrize("name", [*sorted(ARCHITECTURES.keys() - {"vgg16", "vgg16_bn"}), *LARGE])
 def test_a_new_process_computes_the_same_bits(name, tmp_path):
     model = pruned_network(name, POLICIES[name])
     save(tmp_path / "network.npz", model, name)

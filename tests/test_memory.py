@@ -1,5 +1,7 @@
 """Peak memory against what a pass is known to allocate, and against torch's own record of its allocations."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -21,6 +23,7 @@ from tests.nets import Residual
 
 CPU = torch.device("cpu")
 MIB = 2**20
+LARGE = nn.Conv2d(3, 64, 1)
 linux = pytest.mark.skipif(not memory.CLEAR.exists(), reason="reads /proc, which only Linux has")
 
 
@@ -89,6 +92,12 @@ def test_a_pass_that_fails_is_one_message_and_the_next_is_measured(bench):
 
 
 @linux
+def test_what_is_lost_among_pages_is_not_measured(bench):
+    with pytest.raises(BenchmarkError, match="below 1 MiB"):
+        bench.peak_bytes(nn.Conv2d(3, 4, 1), (3, 8, 8), 1, 1)
+
+
+@linux
 def test_a_model_that_cannot_be_sent_is_one_message(bench):
     class Local(nn.Conv2d):  # no other process finds this class
         pass
@@ -100,13 +109,33 @@ def test_a_model_that_cannot_be_sent_is_one_message(bench):
 @linux
 def test_a_process_that_dies_is_one_message_and_the_next_is_started():
     with ForwardMemory(CPU) as found:
-        found.peak_bytes(nn.Conv2d(3, 4, 1), (3, 8, 8), 1, 1)
+        found.peak_bytes(LARGE, (3, 128, 128), 1, 1)
         found._process.kill()
         with pytest.raises(BenchmarkError, match="not measured"):
-            found.peak_bytes(nn.Conv2d(3, 4, 1), (3, 8, 8), 1, 1)
-        assert found.peak_bytes(nn.Conv2d(3, 4, 1), (3, 8, 8), 1, 1) >= 0
+            found.peak_bytes(LARGE, (3, 128, 128), 1, 1)
+        assert found.peak_bytes(LARGE, (3, 128, 128), 1, 1) > 3 * MIB
         process = found._process
     assert process.poll() is not None  # and none is left behind
+
+
+@linux
+def test_a_process_that_hangs_is_given_up(monkeypatch):
+    with ForwardMemory(CPU) as found:
+        found.peak_bytes(LARGE, (3, 128, 128), 1, 1)
+        monkeypatch.setattr(memory, "PATIENCE", 1.0)
+        process = found._process
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(BenchmarkError, match="not measured .TimeoutError: no answer within 1 s"):
+            found.peak_bytes(LARGE, (3, 128, 128), 1, 1)
+        assert process.poll() is not None
+
+
+@linux
+def test_what_anything_prints_does_not_get_between_the_answers(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('x' * 1000)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with ForwardMemory(CPU) as found:
+        assert found.peak_bytes(LARGE, (3, 128, 128), 1, 1) > 3 * MIB
 
 
 def test_without_proc_it_is_said(monkeypatch, tmp_path):

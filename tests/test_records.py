@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -389,6 +390,28 @@ def test_environment_is_plain_json_and_names_what_ran(tmp_path):
     assert found["time_utc"].endswith("+00:00")
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"git_commit", "git_dirty"} <= found.keys()
+
+
+def test_the_hash_of_an_environment_stands_for_where_not_when_and_what(monkeypatch):
+    data = {"fingerprint": "abc", "images": {"train": {"zero": 3}}}
+    first = records.environment(Outer(), data)
+    time.sleep(1.1)  # the time is given in seconds
+    assert records.environment(Outer(name="other"), data)["hash"] == first["hash"]
+    assert records.environment(Outer(), data | {"fingerprint": "abd"})["hash"] != first["hash"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert records.environment(Outer(), data)["hash"] != first["hash"]
+    assert records.environment(Outer(), data)["time_utc"] != first["time_utc"]
+    assert first["data"] == data and len(first["hash"]) == 64
+
+
+def test_what_the_system_tells_of_itself_is_read_or_none(tmp_path):
+    from environment import _first_line
+
+    (tmp_path / "governor").write_text("powersave\n")
+    assert _first_line(tmp_path / "governor") == "powersave"
+    (tmp_path / "empty").write_text("")
+    assert _first_line(tmp_path / "empty") is None and _first_line(tmp_path / "none") is None
+    assert {"cpu_governor", "gpu_driver"} <= records.environment(Outer()).keys()
 
 
 def test_environment_names_the_device_that_is_used(monkeypatch):

@@ -310,6 +310,22 @@ def test_stacked_labels_only_move_down(values, gap):
     assert max(placed, default=0) == max(values, default=0)
 
 
+def test_latency_plot_shows_what_says_nothing_as_such():
+    wide = timing(128, ratio=0.9, ratio_high=13.0, noisy=True)
+    few = timing(1, ratio=0.6, pairs=2, noisy=True)
+    sure = timing(1, ratio=0.8)
+    rows = [record("pruned", 0.25, times=[sure, wide]), record("pruned", 0.5, times=[few, timing(128, ratio=0.7)])]
+    (axes,) = plots.latency_over_macs(rows).axes
+    assert axes.get_ylim()[1] < 150  # the bar that says nothing runs out of the plot
+    points = {line.get_ydata()[0]: line for line in axes.lines if line.get_marker() in "osD^v" and len(line.get_ydata()) == 1}
+    assert {round(y): line.get_markerfacecolor() == "white" for y, line in points.items()} == {
+        80: False, 90: True, 60: True, 70: False
+    }  # fmt: skip
+    bars = [container for container in axes.containers if container.has_yerr]
+    assert len(bars) == 3  # two pairs have no interval
+    assert axes.get_ylabel().endswith("hollow: says nothing)")
+
+
 def test_class_panels_hold_the_recorded_figures_of_each_class():
     rows = run_records(ratios=[0.25, 0.5], classes=5)
     figure = plots.accuracy_per_class(rows)
