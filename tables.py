@@ -144,7 +144,7 @@ def _onnx(records: list[Record]) -> list[str]:
         return []
     off = max(abs(record.onnx_accuracy - record.accuracy) for record in ran)
     difference = max(record.onnx_difference for record in ran)
-    rows = "in every row" if len(ran) == len(records) else f"in the {len(ran)} of {len(records)} rows that it ran"
+    rows = "in every row" if len(ran) == len(records) else f"in {len(ran)} of {len(records)} rows"
     sizes = [record.onnx_size_bytes for record in ran]
     files = f"files of {scaled(max(sizes))}B" + (f" to {scaled(min(sizes))}B" if min(sizes) < max(sizes) else "")
     same = f"the same accuracy {rows}" if off == 0 else f"accuracy off by up to {100 * off:.2f} points {rows}"

@@ -77,7 +77,7 @@ def test_drift_cancels():
         for name, once in (("dense", 4), ("model", 3))
     )
     pairs = time_in_pairs(dense, model, clock=machine, **PLAN | {"repeats": 40})
-    assert pairs.model_ms[-1] > 3 * pairs.model_ms[0]
+    assert pairs.model_ms[-1] > 2.9 * pairs.model_ms[0]
     ratio, low, high = pairs.ratio()
     assert ratio == pytest.approx(0.75, rel=0.05) and low < 0.75 < high
 
@@ -211,7 +211,7 @@ def test_twice_the_layers_take_twice_the_time_beside_a_busy_neighbour():
     images = torch.randn(4, 32, 32, 32)
     single, twice = (torch_pass(laid_out(convolutions(layers), CPU), images) for layers in (8, 16))
     with threads(1), a_core_kept_busy():
-        pairs = time_in_pairs(single, twice, repeats=40, warmup=3, seconds=60, seed=0)
+        pairs = time_in_pairs(single, twice, repeats=60, warmup=3, seconds=60, seed=0)
     assert pairs.ratio()[0] == pytest.approx(2, rel=0.1)
 
 
