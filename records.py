@@ -37,8 +37,8 @@ _TIMES = "times"  # spread over columns of their own in a CSV file
 class Timing:
     """Passes of one batch by one engine, each timed right beside a pass of the dense network with all logits.
 
-    ratio: time as a share of the dense network's, the median over the pairs; ratio_low, ratio_high: its bootstrap
-    interval, nominally 99 %. noisy: the interval is too wide to say anything, the pairs too few, or the passes never
+    ratio: time as a share of the dense network's, the median over the pairs; ratio_low, ratio_high: its interval, see
+    `latency.PairedTimes.ratio`. noisy: the interval is too wide to say anything, the pairs too few, or the passes never
     got steady. Raises ValueError for figures that cannot all be true.
     """
 
