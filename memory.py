@@ -10,7 +10,6 @@ import contextlib
 import copy
 import ctypes
 import io
-import logging
 import os
 import selectors
 import statistics
@@ -26,8 +25,6 @@ import torch
 from torch import nn
 
 from errors import BenchmarkError
-
-log = logging.getLogger(__name__)
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what to write into CLEAR, see proc(5)

@@ -27,7 +27,8 @@ from records import Record, spread
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 25.0  # seconds that the end of a run waits for W&B, at most
+PATIENCE = 20.0  # seconds that the end of a run waits for W&B before it is stopped
+STOPPING = 1.0  # seconds that stopping it may take, for the process and for each thread
 LOGIN_TIMEOUT = 10.0  # seconds that W&B tries to reach its server before it goes on offline
 LOG_FILE = "wandb.log"
 WHERE_THE_RECORDS_ARE = "records.jsonl has every figure"
@@ -134,9 +135,10 @@ class WandbTracker(Tracker):
         self._process: subprocess.Popen | None = None
         self._threads: list[threading.Thread] = []
         folder = Path(os.environ.get("WANDB_DIR") or run_dir)
-        # What W&B keeps for the moment: it leaves that behind when it is killed.
-        self._temporary = tempfile.TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True)
+        self._temporary: tempfile.TemporaryDirectory | None = None
         try:
+            # What W&B keeps for the moment: it leaves that behind when it is killed.
+            self._temporary = tempfile.TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True)
             with (run_dir / LOG_FILE).open("wb") as errors:
                 # In a session of its own: Ctrl-C is for the run, which then ends this process in an orderly way.
                 self._process = subprocess.Popen(
@@ -146,6 +148,8 @@ class WandbTracker(Tracker):
                 )  # fmt: skip
         except OSError as error:
             self._warn(f"cannot be started ({error.strerror or error})")
+            if self._temporary is not None:
+                self._temporary.cleanup()
             return
         for work, stream in ((self._write, self._process.stdin), (self._read, self._process.stdout)):
             thread = threading.Thread(target=work, args=(stream,), daemon=True)
@@ -174,7 +178,7 @@ class WandbTracker(Tracker):
         self._send("summary", values={**final, "seconds": seconds})
 
     def close(self, failed: bool) -> None:
-        """Let W&B finish, for `PATIENCE` seconds in all; what it has not sent by then stays on disk."""
+        """Let W&B finish, for `PATIENCE` seconds, then stop it; what it has not sent by then stays on disk."""
         if self._process is None:
             return
         deadline = time.monotonic() + PATIENCE
@@ -190,7 +194,7 @@ class WandbTracker(Tracker):
             self._warn(f"still busy after {PATIENCE:g} s and was stopped; `wandb sync` sends what it had written")
         self._kill()
         for thread in self._threads:  # with the process gone, nothing keeps them
-            thread.join(5)
+            thread.join(STOPPING)
         self._process.stdout.close()
         self._process = None
         self._temporary.cleanup()
@@ -225,7 +229,7 @@ class WandbTracker(Tracker):
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
+            self._process.wait(STOPPING)
 
     def _warn(self, text: str) -> None:
         if text not in self._troubles:

@@ -234,6 +234,21 @@ def test_a_run_that_is_killed_leaves_whole_records(first, shared):
     ).stdout
 
 
+@pytest.mark.slow
+def test_a_full_disk_of_the_dashboards_costs_no_record(first, shared, small_disk):
+    command = [sys.executable, str(MAIN), *SMALL, f"cache_dir={shared / 'cache'}", "log_results=true"]
+    environment = os.environ | {"WANDB_DIR": str(small_disk)}
+    (small_disk / "full").write_bytes(bytes(40_000))
+    folder = shared / "full disk"
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={folder}"], cwd=shared, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0 and done.stderr.count("W&B: ") == 1, done.stderr
+    assert [r.accuracy_per_class for r in read_records(folder / "records.jsonl")] == [
+        r.accuracy_per_class for r in first
+    ]
+
+
 def test_classes_by_name_are_the_same_classes(first, shared):
     named = job(shared, "named", "selected_classes=['3','8','9']", WITHOUT_RETRAINING)
     pruned = [record for record in first if record.stage != "retrained"]

@@ -68,17 +68,17 @@ def resnet():
     return pruned_network("resnet18", "scatter")
 
 
-def images(count):
-    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(5))
+def images(count, shape=SHAPE):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(5))
 
 
-def assert_same(model, content, batches=(1, 4, 7)):
+def assert_same(model, content, batches=(1, 4, 7), shape=SHAPE):
     """Against ONNX Runtime as anyone would call it, on other images and batch sizes than the export compared."""
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     for count in batches:
-        (logits,) = session.run(["logits"], {"images": images(count).numpy()})
+        (logits,) = session.run(["logits"], {"images": images(count, shape).numpy()})
         with torch.no_grad():
-            expected = model(images(count))
+            expected = model(images(count, shape))
         difference = (torch.from_numpy(logits) - expected).abs().max() / expected.abs().max()
         assert difference <= 1e-4
 
@@ -88,9 +88,11 @@ def assert_same(model, content, batches=(1, 4, 7)):
 def test_pruned_networks_compute_the_same_for_any_batch(name, exporter, monkeypatch):
     model = pruned_network(name)
     monkeypatch.setattr(onnx_network, "EXPORTERS", {exporter: onnx_network.EXPORTERS[exporter]})
-    made = exported(model, SHAPE)
+    # The earlier exporter lacks a pooling to more pixels than there are, which VGG does with images of 32 pixels.
+    shape = (3, 224, 224) if (name, exporter) == ("vgg16", "legacy") else SHAPE
+    made = exported(model, shape)
     assert made.exporter == exporter and made.difference <= PARITY_WITHIN and made.refused == ()
-    assert_same(model, made.content)
+    assert_same(model, made.content, shape=shape)
 
 
 def test_a_network_whose_outputs_are_put_back_is_exported_in_one_file(resnet, tmp_path):

@@ -1,5 +1,6 @@
 """What the README names is there."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from tests.readme import between, put
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 COSTS = ROOT / "docs" / "selection_cost.csv"
-COST_TABLE = "cost of scoring"  # `python -m tests.test_readme` puts it into the README after a measurement
+WIDTHS = ROOT / "docs" / "onnx_widths.csv"  # of the records that the command beside the table makes
+COST_TABLE, WIDTH_TABLE = "cost of scoring", "latency by widths"  # `python -m tests.test_readme` puts both in
 
 
 def test_its_pictures_exist():
@@ -36,5 +38,29 @@ def test_it_quotes_the_measured_cost_of_every_method():
     }
 
 
+def width_table() -> str:
+    """MACs and latency left, a row a (ratio, round_to), a column an engine."""
+    titles = ("ratio", "round_to", "MACs left", "latency left, PyTorch", "latency left, ONNX Runtime")
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|"]
+    found: dict[tuple[float, int], dict[str, dict[str, str]]] = {}
+    with WIDTHS.open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault((float(row["ratio"]), int(row["round_to"])), {})[row["engine"]] = row
+    for (ratio, width), engines in sorted(found.items()):
+        times = [
+            f"{float(row['latency_ratio']):.3f} ({float(row['low']):.3f} to {float(row['high']):.3f})"
+            for row in (engines["pytorch"], engines["onnxruntime"])
+        ]
+        macs = float(engines["pytorch"]["macs_ratio"])
+        lines.append(f"| {ratio:g} | {width} | {macs:.3f} | {times[0]} | {times[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_it_quotes_the_measured_latency_by_widths():
+    assert between(WIDTH_TABLE) == width_table()
+    assert width_table().count("\n") == 6
+
+
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(put(COST_TABLE, markdown(COSTS)))
+    for name, table in ((COST_TABLE, markdown(COSTS)), (WIDTH_TABLE, width_table())):
+        (ROOT / "README.md").write_text(put(name, table))
