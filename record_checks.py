@@ -5,7 +5,9 @@ from typing import Any
 
 from intervals import wilson
 
-STAGES = ("dense", "pruned", "retrained")
+STAGES = ("dense", "pruned", "retrained", "scratch")
+BUDGETS = ("macs", "params", "filters", "latency")
+TOLERANCE = 0.02  # of a budget: a target is met within so much of the dense network's
 HEADS = ("all", "selected")
 ENGINES = ("pytorch", "onnxruntime")
 EXPORTERS = ("current", "legacy", "none")
@@ -14,7 +16,7 @@ ROUNDING = 1e-9
 
 def check(record: Any) -> None:
     """All that must hold of a `records.Record`."""
-    for part in (_check_identity, _check_filters, _check_accuracy, _check_costs, _check_times, _check_onnx):
+    for part in (_check_identity, _check_filters, _check_budget, _check_accuracy, _check_costs, _check_times, _check_onnx):
         part(record)
 
 
@@ -67,6 +69,19 @@ def _check_filters(record: Any) -> None:
     _require(set(record.layers_left_out) <= dense.keys(), "layers_left_out: a layer that widths_dense does not name")
 
 
+def _check_budget(record: Any) -> None:
+    match, target, reached = record.match, record.target, record.reached
+    _require(match is None or match in BUDGETS, f"match: {match!r}; one of {', '.join(BUDGETS)} is needed")
+    _require((target is None) == (reached is None), "target, reached: both or none")
+    _require(target is None or match is not None, "target: without match")
+    _require(target is None or 0 <= target < 1, f"target: {target}; 0 or more and below 1 is needed")
+    _require(reached is None or reached <= 1, f"reached: {reached}; no more than everything can go")
+    known = {"macs": record.macs_ratio, "params": record.params_ratio, "filters": 1 - record.achieved_ratio}
+    left = None if reached is None else known.get(match)
+    agrees = left is None or math.isclose(reached, 1 - left, abs_tol=ROUNDING)
+    _require(agrees, f"reached: {reached}; what is left of {match} is {left}")
+
+
 def _check_accuracy(record: Any) -> None:
     shares, images = record.accuracy_per_class, record.images_per_class
     same = tuple(shares) == tuple(images) == record.class_names
@@ -98,7 +113,7 @@ def _check_costs(record: Any) -> None:
     for name in sizes:
         _require(getattr(record, name) > 0, f"{name}: {getattr(record, name)}; above 0 is needed")
     _require(record.macs is not None or record.macs_ratio is None, "macs_ratio: without macs there is none")
-    steps = ("scoring", "removal", "retraining", "training")
+    steps = ("scoring", "removal", "retraining", "training", "scratch")
     seconds = [f"{step}_seconds" for step in steps]
     amounts = [f"{step}_peak_bytes" for step in steps[:3]] + ["scoring_images", "retraining_images"]
     memory = ["activation_bytes", "forward_peak_bytes"]

@@ -23,7 +23,7 @@ from environment import environment as environment
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 3  # raised when a field of Record changes its meaning or its name
+SCHEMA = 4  # raised when a field of Record changes its meaning or its name
 
 _CSV_FIRST = (
     *("stage", "ratio", "achieved_ratio", "accuracy", "accuracy_low", "accuracy_high", "accuracy_all_classes"),
@@ -74,14 +74,23 @@ class Record:
     config_hash: str
     seed: int
     method: str
+    variant: str  # the method and those of its settings that differ from its YAML: what a comparison calls it
+    scope: str  # layer | global: which filters compete with each other
+    scoring_classes: str | None  # selected | all | complement: whose images were read; None where none are
+    num_pruning_samples: int
+    sampling_seed: int  # scoring images are drawn by it
     dataset: str
     model: str
+    subset: str  # given | random | similar | distinct: how the classes were chosen
     selected_classes: tuple[int, ...]  # in the order of the replaced head's logits
     class_names: tuple[str, ...]  # of the selected classes, in the same order
-    stage: str  # dense | pruned | retrained
+    stage: str  # dense | pruned | retrained | scratch: the pruned architecture, trained from random weights
     head: str  # all | selected: the classes that have a logit
     ratio: float  # fraction of filters to remove, as asked for
     achieved_ratio: float  # filters removed / prunable filters
+    match: str | None = None  # macs | params | filters | latency: the budget that the ratio was found for
+    target: float | None = None  # share of it to remove
+    reached: float | None = None  # share of it that is gone
     filters_removed: int
     filters_prunable: int
     filters_total: int
@@ -122,6 +131,7 @@ class Record:
     retraining_seconds: float | None = None
     retraining_peak_bytes: int | None = None
     retraining_images: int | None = None  # images seen, each epoch's counted
+    scratch_seconds: float | None = None  # training the pruned architecture from random weights
     training_seconds: float | None = None  # of the dense model, when it was trained: in this run or an earlier one
     environment_hash: str | None = None  # of environment.json
     filters_chosen_per_layer: dict[str, int]  # to be removed, layers that keep all left out

@@ -214,10 +214,10 @@ def test_a_line_cut_short_is_left_out_and_the_next_run_goes_on(tmp_path, caplog,
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ('{"schema": 99}', "schema 99; this version reads schema 3"),
+        ('{"schema": 99}', "schema 99; this version reads schema 4"),
         ("{}", "schema None"),
         ("[1]", "not a record"),
-        ('{"schema": 3, "run_id": "x"}', "missing"),
+        ('{"schema": 4, "run_id": "x"}', "missing"),
         (json.dumps(json.loads(record().to_json()) | {"surprise": 1}), "surprise"),
         (record().to_json().replace('"seed": 42', '"seed": "42"'), "seed: '42'"),
         (record().to_json().replace('"engine": "pytorch", ', ""), "engine"),

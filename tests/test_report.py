@@ -196,7 +196,7 @@ def test_table_needs_no_matplotlib():
     [
         ({}, r"no records.jsonl in it; give the directory of a run"),
         ({"records.jsonl": ""}, r"not one whole record in it"),
-        ({"records.jsonl": '{"schema": 3, "run'}, r"not one whole record in it"),
+        ({"records.jsonl": '{"schema": 4, "run'}, r"not one whole record in it"),
         ({"0/records.jsonl": "", "1/records.jsonl": ""}, r"did you mean .*0 or .*1"),
     ],
 )
