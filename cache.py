@@ -29,7 +29,14 @@ MAGIC = b"dense model of the filter-pruning benchmark, sha256 "
 WITHOUT_EFFECT = {
     "dataset": {"root", "num_workers", "download"},
     "model": {"pretrained_weights_path", "skip_first_layers"},
-    "training": {"train", "batch_size_test", "retrain_after_pruning", "retrain_epochs", "lr_retrain"},
+    "training": {
+        "train",
+        "batch_size_test",
+        "retrain_after_pruning",
+        "retrain_epochs",
+        "lr_retrain",
+        "train_pruned_from_scratch",
+    },
 }
 
 

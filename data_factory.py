@@ -1,5 +1,7 @@
 """`DataLoaderFactory`: how any dataset becomes train, validation and test loaders, and the pruning subsets."""
 
+import copy
+import dataclasses
 import hashlib
 import logging
 import random
@@ -111,7 +113,7 @@ class DataLoaderFactory(ABC):
         wanted, rows = self.settings.num_pruning_samples, self._rows["train"]
         if len(rows) < wanted:
             self._warn(f"num_pruning_samples: {wanted}; only {len(rows)} training images to score on")
-        drawn = rows[sorted(random.Random(42).sample(range(len(rows)), min(wanted, len(rows))))]
+        drawn = rows[sorted(random.Random(self._agnostic_seed).sample(range(len(rows)), min(wanted, len(rows))))]
         absent = sorted(set(self._labels_of("train").tolist()) - set(self._labels["train"][drawn].tolist()))
         if absent:
             names = ", ".join(self.class_names[label] for label in absent[:5]) + (", ..." if len(absent) > 5 else "")
@@ -134,13 +136,21 @@ class DataLoaderFactory(ABC):
         if not others:
             raise BenchmarkError("pruning.scoring_classes: complement; no training image is of a class not selected")
         if len(others) > self.settings.num_pruning_samples:
-            drawn = random.Random(42).sample(sorted(others), self.settings.num_pruning_samples)
+            drawn = random.Random(self._agnostic_seed).sample(sorted(others), self.settings.num_pruning_samples)
             self._warn(
                 f"num_pruning_samples: {len(drawn)}; {len(others)} classes are not selected, "
                 f"{len(others) - len(drawn)} of them have no image to score on"
             )
             others = set(drawn)
         return self._sample(self._balanced_rows(sorted(others)), "complement")
+
+    def selecting(self, classes: Sequence[int]) -> "DataLoaderFactory":
+        """The same data, read once, with other selected classes."""
+        other = copy.copy(self)
+        other.settings = dataclasses.replace(self.settings, selected_classes=tuple(classes))
+        other.warnings = list(self.warnings)
+        other._check_classes()
+        return other
 
     def fingerprint(self) -> str:
         """Hash of what the three parts hold, in what order and how it is normalised.
@@ -252,13 +262,23 @@ class DataLoaderFactory(ABC):
             if len(rows) < count:
                 found = f"{count} of class {self.class_names[label]} wanted, only {len(rows)} among the training images"
                 self._warn(f"num_pruning_samples: {wanted}; {found}")
-            drawn.append(pick(rows, count, self.settings.seed, f"pruning/{label}"))
+            drawn.append(pick(rows, count, sampling_seed(self.settings), f"pruning/{label}"))
         return torch.cat(drawn).sort().values
+
+    @property
+    def _agnostic_seed(self) -> int:
+        """42 unless one is given: the sample over all classes is the same in every run."""
+        return 42 if self.settings.sampling_seed is None else self.settings.sampling_seed
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
             log.warning(text)
+
+
+def sampling_seed(settings: Any) -> int:
+    """What the scoring images of classes are drawn by."""
+    return settings.seed if settings.sampling_seed is None else settings.sampling_seed
 
 
 def _source(part: str) -> str:

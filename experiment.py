@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,38 @@ from torch import nn
 
 from batch_loaders import Relabelled
 from bookkeeping import accuracy_fields, size_fields, timings
+from budgets import Budgeted, find_ratios, removed_share
 from cache import DenseModel
-from data_factory import DataLoaderFactory
+from data_factory import DataLoaderFactory, sampling_seed
 from disk import write_arrays, write_whole
 from errors import BenchmarkError
 from filter_selection import FilterIndices
 from helpers import derive_seed
 from memory import peak_memory
-from metrics import Bench, Measurement, measure_inference_time_and_accuracy
-from models import replace_head
+from metrics import Bench, Footprint, Measurement, measure_inference_time_and_accuracy
+from models import drawn_anew, replace_head
 from pruner import Pruner
+from record_checks import TOLERANCE, left_of
 from records import Record, append_record, config_hash
 from selection import PruningSelection
 from settings import Settings
 from structure import ModelGraph
+from subsets import alike, soft_confusion
 from tracking import Tracker
-from training import fit, retraining_plan, validate
+from training import fit, retraining_plan, training_plan, validate
 
 log = logging.getLogger(__name__)
+
+
+def choose_classes(
+    settings: Settings, factory: DataLoaderFactory, model: nn.Module
+) -> tuple[Settings, DataLoaderFactory]:
+    """Both with the classes that `subset` asks for, by what the dense network makes of the validation images."""
+    rule = settings.subset.rule
+    confusion = soft_confusion(model, factory.get_dataloaders().validation, len(settings.class_names))
+    classes = alike(confusion, settings.subset.size, rule)
+    log.info("Classes that are %s to the dense network: %s", rule, ", ".join(settings.class_names[c] for c in classes))
+    return replace(settings, selected_classes=classes), factory.selecting(classes)
 
 
 class Experiment:
@@ -96,6 +111,13 @@ class Experiment:
             "environment_hash": environment_hash,
             "seed": settings.seed,
             "method": settings.pruning.name,
+            "variant": settings.variant,
+            "scope": settings.pruning.pruning_scope,
+            "scoring_classes": settings.pruning.scoring_classes if selector.criterion.needs_data else None,
+            "num_pruning_samples": settings.num_pruning_samples,
+            "sampling_seed": sampling_seed(settings),
+            "subset": settings.subset.rule,
+            "match": settings.pruning.match,
             "dataset": settings.dataset.name,
             "model": settings.model.name,
             "selected_classes": settings.selected_classes,
@@ -127,20 +149,51 @@ class Experiment:
         self.reference = measured.footprint
         self._record(self.dense.model, measured, stage="dense", ratio=0.0, indices={}, head="all")
 
-    def measure_ratio(self, ratio: float, indices: FilterIndices, pruner: Pruner) -> None:
-        """Remove, measure, and, where the configuration asks for it, retrain and measure again."""
+    def budgeted(self, choose: Callable[[float], FilterIndices], pruner: Pruner) -> list[Budgeted]:
+        """The ratios at which the targets of `pruning.match` are met; `choose`: ratio -> filters to remove."""
+        match, target = self.settings.pruning.match, self.settings.pruning.target
+        log.info("Looking for the ratios that remove %s of %s ...", ", ".join(f"{t:g}" for t in target), match)
+        if match == "latency":
+            removed = self._latency_removed(pruner)
+        else:
+            classes = len(self.settings.selected_classes) if self.settings.replace_last_layer else None
+            removed = removed_share(match, self.graph, classes, self.prunable)
+        return find_ratios(choose, removed, target, match)
+
+    def _latency_removed(self, pruner: Pruner) -> Callable[[FilterIndices], float]:
+        """The share of the latency that goes, as the records tell it, of the largest batch: built and timed."""
+
+        def removed(indices: FilterIndices) -> float:
+            times = self.bench.times("pytorch", self.bench.torch_passes(self._pruned(indices, pruner)[0]))
+            return 1 - times[max(times)].ratio()[0]
+
+        return removed
+
+    def _pruned(self, indices: FilterIndices, pruner: Pruner) -> tuple[nn.Module, float]:
+        pruned, difference = pruner.prune_and_prove(indices)  # the proof is a part of what a removal costs here
+        if self.settings.replace_last_layer:
+            pruned = replace_head(pruned, self.settings.selected_classes)
+        return pruned, difference
+
+    def measure_ratio(
+        self, ratio: float, indices: FilterIndices, pruner: Pruner, budgeted: Budgeted | None = None
+    ) -> None:
+        """Remove, measure, and, where the configuration asks for it, retrain and measure again.
+
+        budgeted: the target that the ratio was found for.
+        """
         removed = sum(map(len, indices.values()))
         log.info("Ratio %g: removing %d of %d prunable filters ...", ratio, removed, self.prunable)
-        notes = list(filter(None, [self.selector.shortfall(self.graph, ratio, indices)]))
+        target = budgeted and budgeted.target
+        short = budgeted.note if budgeted else self.selector.shortfall(self.graph, ratio, indices)
+        notes = [short] if short else []
         with peak_memory(self.device) as peak:
             start = time.perf_counter()
-            pruned, difference = pruner.prune_and_prove(indices)  # the proof is a part of what a removal costs here
-            if self.settings.replace_last_layer:
-                pruned = replace_head(pruned, self.settings.selected_classes)
+            pruned, difference = self._pruned(indices, pruner)
             seconds = time.perf_counter() - start
         costs = self.scoring_costs | {"removal_seconds": seconds, "removal_peak_bytes": peak.bytes}
         costs["difference_from_masked"] = difference
-        common = {"ratio": ratio, "indices": indices, "head": self._head()}
+        common = {"ratio": ratio, "indices": indices, "head": self._head(), "target": target}
         measured = self._measure(pruned)
         first, second = self._record(pruned, measured, stage="pruned", notes=notes, **common, **costs), None
         if self.settings.training.retrain_after_pruning:
@@ -152,6 +205,23 @@ class Experiment:
             measured = self._measure(retrained, footprint=measured.footprint)
             second = self._record(retrained, measured, stage="retrained", notes=notes, **common, **costs)
         self.tracker.ratio(self.records[0], first, second)
+        if self.settings.training.train_pruned_from_scratch:
+            self._train_from_scratch(pruned, measured.footprint, common)
+
+    def _train_from_scratch(self, pruned: nn.Module, footprint: Footprint, common: dict[str, Any]) -> None:
+        """The control that tells what the weights left are worth: the same architecture, its weights drawn anew."""
+        result = fit(
+            drawn_anew(pruned, derive_seed(self.settings.seed, "scratch")),
+            self.loaders.train,
+            self.loaders.validation,
+            training_plan(self.settings.training),
+            device=self.device,
+            description=f"from scratch at ratio {common['ratio']:g}",
+            seed=derive_seed(self.settings.seed, "scratch"),
+        )
+        self.tracker.curve(f"scratch/ratio_{common['ratio']:g}", result.history)
+        measured = self._measure(result.model, footprint=footprint)
+        self._record(result.model, measured, stage="scratch", scratch_seconds=result.seconds, **common)
 
     def _retrained(self, pruned: nn.Module, ratio: float) -> tuple[nn.Module, dict[str, Any], str | None]:
         """The retrained network, its costs, and a word where the validation images say that it got worse.
@@ -247,22 +317,32 @@ class Experiment:
         indices: FilterIndices,
         head: str,
         notes: Sequence[str] = (),
+        target: float | None = None,
         **costs: Any,
     ) -> Record:
         """Turn a measurement into a record, append it to the file, and keep it; its raw figures are on disk before."""
         saved, trouble = self._saved(model, measured, stage, ratio, head)
         self._keep_samples(measured, f"{stage}_{ratio!r}")
         removed = sum(map(len, indices.values()))
+        sizes, times = size_fields(measured.footprint, self.reference), timings(measured)
+        reached = None
+        if target is not None:
+            match, achieved = self.settings.pruning.match, removed / self.prunable
+            reached = 1 - left_of(match, sizes["macs_ratio"], sizes["params_ratio"], achieved, times)
+            if abs(reached - target) > TOLERANCE and not notes:
+                notes = [f"target {target:g} of {match} is not met by the network measured: {reached:.3f} is gone"]
         record = Record(
             **self.identity,
+            target=target,
+            reached=reached,
             stage=stage,
             head=head,
             ratio=ratio,
             achieved_ratio=removed / self.prunable,
             filters_removed=removed,
             **accuracy_fields(measured, stage, head, self.settings.selected_classes, self.identity["class_names"]),
-            **size_fields(measured.footprint, self.reference),
-            times=timings(measured),
+            **sizes,
+            times=times,
             filters_chosen_per_layer={layer: len(filters) for layer, filters in indices.items() if filters},
             filters_kept_per_layer={layer: model.get_submodule(layer).out_channels for layer in self.widths},
             warnings=[

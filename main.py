@@ -43,7 +43,7 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     from cache import dense_model
     from data_loader import get_data_factory
     from disk import write_json
-    from experiment import Experiment
+    from experiment import Experiment, choose_classes
     from helpers import resolve_device
     from pruner import get_pruner
     from records import environment, write_selections
@@ -60,7 +60,6 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     factory = get_data_factory(settings, device)
     around = environment(settings, factory.describe())
     write_json(run_dir / "environment.json", around)
-    selector = get_selector(settings, factory)
 
     train, validation, test = factory.get_dataloaders()
     log.info(
@@ -71,18 +70,23 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     with get_tracker(settings, run_dir, config) as tracker:
         dense = dense_model(settings, factory, device)
         tracker.curve("training", dense.history)
+        if not settings.selected_classes:
+            settings, factory = choose_classes(settings, factory, dense.model)
+        selector = get_selector(settings, factory)
         graph = ModelGraph(dense.model, factory.input_shape, settings.pruning.residual)
         with Experiment(
             settings, factory, device, run_dir, selector, dense, graph, around["hash"], tracker
         ) as experiment:
             scores, experiment.scoring_costs = obtain_scores(settings, selector, graph, factory, run_dir)
             selections = selector.select(graph, scores)
-            write_selections(run_dir / "selections.json", selections)
-
             experiment.measure_dense()
             pruner = get_pruner(settings.pruning.pruner, graph)
+            budgeted = experiment.budgeted(selector.chooser(graph, scores), pruner) if settings.pruning.match else []
+            write_selections(run_dir / "selections.json", selections | {b.ratio: b.indices for b in budgeted})
             for ratio, indices in selections.items():
                 experiment.measure_ratio(ratio, indices, pruner)
+            for found in budgeted:
+                experiment.measure_ratio(found.ratio, found.indices, pruner, found)
 
         written = write_report(run_dir)
         for path in written:

@@ -185,6 +185,22 @@ def replace_head(model: nn.Module, classes: Sequence[int]) -> nn.Module:
     return replaced
 
 
+def drawn_anew(model: nn.Module, seed: int) -> nn.Module:
+    """A copy whose weights and statistics are drawn anew, each layer by its own rule, as before any training.
+
+    Raises BenchmarkError for a parameter whose module does not know how.
+    """
+    drawn = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for name, module in drawn.named_modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif module._parameters:
+                raise BenchmarkError(f"{name}: {type(module).__name__} has no reset_parameters to draw it anew")
+    return drawn
+
+
 def _refuse_unknown(name: str, small_input_stem: bool) -> None:
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1)

@@ -1,6 +1,6 @@
 """Records become a table, a CSV file and plots; runs alone on the records of an old run, without torch.
 
-    python report.py RUN_DIR
+python report.py RUN_DIR
 """
 
 import argparse

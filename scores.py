@@ -75,6 +75,7 @@ def shaping_facts(settings: Any, selector: PruningSelection, graph: ModelGraph, 
     if selector.criterion.needs_data:
         facts |= {
             "pruning.scoring_classes": pruning.scoring_classes,
+            "sampling_seed": settings.sampling_seed,
             "num_pruning_samples": settings.num_pruning_samples,
             "dataset.name": settings.dataset.name,
             "images (sha256)": factory.fingerprint(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -112,8 +112,8 @@ class PruningSelection:
         graph = self._graph(model)
         if scores is None:
             scores = self.score(graph)
-        choices = self._combined(graph, scores)
-        chosen = {ratio: self._chosen(graph, choices, ratio) if ratio else {} for ratio in self.ratios}
+        choose = self.chooser(graph, scores)
+        chosen = {ratio: choose(ratio) for ratio in self.ratios}
         empty = [
             ratio
             for ratio, indices in chosen.items()
@@ -126,6 +126,11 @@ class PruningSelection:
                 f"{self._floor()} stay; give a larger ratio"
             )
         return chosen
+
+    def chooser(self, graph: ModelGraph, scores: Scores) -> Callable[[float], FilterIndices]:
+        """Ratio -> layer -> filters to remove, from the same scores."""
+        choices = self._combined(graph, scores)
+        return lambda ratio: self._chosen(graph, choices, ratio) if ratio else {}
 
     def shortfall(self, graph: ModelGraph, ratio: float, indices: FilterIndices) -> str | None:
         """What a reader must know when fewer filters go than the ratio asks for, else None.
@@ -212,7 +217,8 @@ def get_selector(settings, factory) -> PruningSelection:
     every other figure is read against, since slicing the head alone raises the accuracy.
     """
     pruning = settings.pruning
-    asked = pruning.pruning_ratio
+    asked = pruning.pruning_ratio if pruning.match is None else (0.0,)
+    asked = asked if 0.0 in asked else (0.0, *asked)
     criterion = get_criterion(pruning.name, pruning.options, seed=settings.seed)
     usual = declaration("pruning", pruning.name)["scoring_classes"]  # null: those of the matched method
     if not criterion.needs_data and usual is not None and pruning.scoring_classes != usual:
@@ -222,7 +228,7 @@ def get_selector(settings, factory) -> PruningSelection:
         )
     return PruningSelection(
         criterion,
-        asked if 0.0 in asked else (0.0, *asked),
+        asked,
         factory.input_shape,
         factory.get_scoring_loader(pruning.scoring_classes) if criterion.needs_data else None,
         scope=pruning.pruning_scope,

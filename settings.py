@@ -17,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from class_names import class_names, resolve_classes
 from errors import ConfigError
 from schema import Matches, Within, assemble, convert, flatten, kind_of_default, leaves, listed, show, unknown_key
+from subsets import random_subset
 
 CONFIG_DIR = Path(__file__).resolve().parent / "config"
-PATHS = {"cache_dir", "model.pretrained_weights_path", "pruning.scores_path", "pruning.match_selections"}
+PATHS = {"cache_dir", "model.pretrained_weights_path", "pruning.scores_path", "pruning.matched_selections"}
 NAMED_GROUPS = ("pruning", "model", "dataset")
 IMAGENET_CLASSES = 1000
 
@@ -45,6 +46,7 @@ class TrainingSettings:
     batch_size_train: Positive
     batch_size_test: Positive
     retrain_after_pruning: bool
+    train_pruned_from_scratch: bool
     retrain_epochs: Positive
     lr_retrain: PositiveNumber
 
@@ -73,6 +75,8 @@ class DatasetSettings:
 class PruningSettings:
     name: Text
     pruning_ratio: tuple[Share, ...]
+    match: Literal["macs", "params", "filters", "latency"] | None
+    target: tuple[Annotated[float, Within(0, below=1, above_low=True)], ...] | None  # share of it to remove
     pruning_scope: Literal["layer", "global"] | None  # None until `check` has put in what the matched method has
     scoring_classes: Literal["selected", "all", "complement"] | None
     min_filters: Positive
@@ -82,6 +86,13 @@ class PruningSettings:
     coupled_scores: Literal["mean", "sum", "max"]
     scores_path: Text | None
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's own keys
+
+
+@dataclass(frozen=True)
+class SubsetSettings:
+    rule: Literal["given", "random", "similar", "distinct"]
+    size: Positive
+    seed: Natural  # of `random`
 
 
 @dataclass(frozen=True)
@@ -108,13 +119,14 @@ class WandbSettings:
 class Settings:
     """A checked configuration. Fields with a default are worked out by `check`, the others are keys of `config/`."""
 
-    selected_classes: tuple[int | str, ...]  # `check` leaves indices only
+    selected_classes: tuple[int | str, ...]  # `check` leaves indices only; none where the dense network will tell
     num_pruning_samples: Positive
     replace_last_layer: bool
     log_results: bool
     run_name: Text
     device: Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")]
     seed: Annotated[int, Within(0, below=2**32)]
+    sampling_seed: Annotated[int, Within(0, below=2**32)] | None
     inference_with_onnx: bool
     cache_dir: Text
     save_pruned_models: bool
@@ -122,9 +134,11 @@ class Settings:
     model: ModelSettings
     dataset: DatasetSettings
     pruning: PruningSettings
+    subset: SubsetSettings
     latency: LatencySettings
     wandb: WandbSettings
     class_names: tuple[str, ...] = ()  # of all classes of the dataset, by index
+    variant: str = ""  # the method, and those of its settings that differ from its YAML
 
 
 def check(cfg: DictConfig) -> Settings:
@@ -152,19 +166,45 @@ def check(cfg: DictConfig) -> Settings:
     own_keys = kinds.keys() - leaves(Settings).keys()
     options = {key.removeprefix("pruning."): values[key] for key in kinds if key in own_keys}
     settings = replace(
-        settings,
-        pruning=replace(settings.pruning, options=options),
-        class_names=class_names(settings.dataset),
-        selected_classes=resolve_classes(settings.selected_classes, settings.dataset),
+        settings, pruning=replace(settings.pruning, options=options), class_names=class_names(settings.dataset)
     )
-    settings = replace(settings, pruning=_as_matched(settings.pruning))
+    settings = replace(settings, pruning=_as_matched(settings.pruning), variant=_variant(settings.pruning))
+    settings = replace(settings, selected_classes=_classes(settings))
     _refuse_contradictions(settings)
     return settings
 
 
+def _classes(settings: Settings) -> tuple[int, ...]:
+    """The selected classes as far as they are known without a network."""
+    rule, size, known = settings.subset.rule, settings.subset.size, len(settings.class_names)
+    if rule == "given":
+        return resolve_classes(settings.selected_classes, settings.dataset)
+    least = 1 if rule == "random" else 2
+    if not least <= size <= known:
+        raise ConfigError(f"subset.size: {size}; subset.rule={rule} takes {least} to {known} of the {known} classes")
+    return random_subset(known, size, settings.subset.seed) if rule == "random" else ()
+
+
+def number_of_classes(settings: Settings) -> int:
+    """How many classes are selected, also where which they are is not yet known."""
+    return len(settings.selected_classes) or settings.subset.size
+
+
+def _variant(pruning: PruningSettings) -> str:
+    """The method's name, and the settings of its own, its scope and its scoring classes that differ from its YAML."""
+    declared = {**OmegaConf.load(CONFIG_DIR / "config.yaml").pruning, **declaration("pruning", pruning.name)}
+    chosen = pruning.options | {key: getattr(pruning, key) for key in ("pruning_scope", "scoring_classes")}
+    changed = [f"{key}={_word(value)}" for key, value in chosen.items() if value != declared[key]]
+    return " ".join([pruning.name, *changed])
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else show(value)
+
+
 def _as_matched(pruning: PruningSettings) -> PruningSettings:
     """`pruning` with its nulls filled in from the YAML of the method that it matches."""
-    matched = pruning.options.get("match")
+    matched = pruning.options.get("matched_method")
     missing = [key for key in ("pruning_scope", "scoring_classes") if getattr(pruning, key) is None]
     if not missing:
         return pruning
@@ -172,7 +212,7 @@ def _as_matched(pruning: PruningSettings) -> PruningSettings:
         raise ConfigError(f"pruning.{missing[0]}: null; only a method that matches another takes its value from there")
     names = sorted(path.stem for path in (CONFIG_DIR / "pruning").glob("[!_]*.yaml") if path.stem != pruning.name)
     if matched not in names:
-        raise ConfigError(f"pruning.match: {show(matched)}; is no method to be matched, valid: {listed(names)}")
+        raise ConfigError(f"pruning.matched_method: {show(matched)}; cannot be matched, valid: {listed(names)}")
     values = {**OmegaConf.load(CONFIG_DIR / "config.yaml").pruning, **declaration("pruning", matched)}
     return replace(pruning, **{key: values[key] for key in missing})
 
@@ -235,15 +275,28 @@ def _read_declaration(path: Path) -> dict[str, Any]:
 def _refuse_contradictions(settings: Settings) -> None:
     """Raise ConfigError for values that are valid each by itself but not together, and for a file that is not there."""
     training, model, dataset, pruning = settings.training, settings.model, settings.dataset, settings.pruning
-    ratios, classes, weights = pruning.pruning_ratio, settings.selected_classes, model.pretrained_weights_path
+    ratios, classes, weights = pruning.pruning_ratio, number_of_classes(settings), model.pretrained_weights_path
+    if (pruning.match is None) != (pruning.target is None):
+        given, missing = ("target", "match") if pruning.match is None else ("match", "target")
+        raise ConfigError(
+            f"pruning.{given}: {show(getattr(pruning, given))}; needs pruning.{missing} as well: pruning.match=macs "
+            '"pruning.target=[0.5]" removes half of the MACs'
+        )
+    if pruning.target and (twice := [share for share in pruning.target if pruning.target.count(share) > 1]):
+        raise ConfigError(f"pruning.target: {twice[0]} in {show(pruning.target)}; each may stand in the list once")
+    if pruning.match and pruning.options.get("matched_selections"):
+        raise ConfigError(
+            f"pruning.match: {show(pruning.match)}; pruning.matched_selections has certain ratios only, none can be "
+            "looked for; leave one of the two out"
+        )
     if twice := [ratio for ratio in ratios if ratios.count(ratio) > 1]:
         raise ConfigError(f"pruning.pruning_ratio: {twice[0]} in {show(ratios)}; each ratio may stand in the list once")
-    if settings.num_pruning_samples < len(classes):
+    if settings.num_pruning_samples < classes:
         raise ConfigError(
-            f"num_pruning_samples: {settings.num_pruning_samples}; must be at least {len(classes)}, one for each of "
+            f"num_pruning_samples: {settings.num_pruning_samples}; must be at least {classes}, one for each of "
             "selected_classes"
         )
-    if pruning.scoring_classes == "complement" and len(classes) == len(settings.class_names):
+    if pruning.scoring_classes == "complement" and classes == len(settings.class_names):
         raise ConfigError(
             'pruning.scoring_classes: "complement"; selected_classes holds every class, which leaves none to score on'
         )

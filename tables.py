@@ -41,7 +41,7 @@ def stage_name(record: Record) -> str:
     """The stage in words; of the dense models, which logits they have."""
     if record.stage == "dense":
         return "dense, all logits" if record.head == "all" else "dense, new head"
-    return record.stage
+    return "from scratch" if record.stage == "scratch" else record.stage
 
 
 def own_seconds(record: Record) -> float | None:
@@ -50,6 +50,7 @@ def own_seconds(record: Record) -> float | None:
         "dense": record.training_seconds if record.head == "all" else None,
         "pruned": record.removal_seconds,
         "retrained": record.retraining_seconds,
+        "scratch": record.scratch_seconds,
     }[record.stage]
 
 

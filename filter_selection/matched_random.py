@@ -27,31 +27,33 @@ class MatchedRandom(Criterion):
     """Its scores are the matched method's; with the selections of a file, the order of the draw.
 
     Args:
-        match: the method whose counts are taken.
-        match_options: that method's own keys where they differ from its YAML, as a mapping or as texts `key=value`.
-        match_selections: the selections.json of a run, whose counts are taken instead.
+        matched_method: the method whose counts are taken.
+        matched_options: that method's own keys where they differ from its YAML, as a mapping or as texts `key=value`.
+        matched_selections: the selections.json of a run, whose counts are taken instead.
     """
 
     def __init__(
         self,
         *,
-        match: str,
-        match_options: Mapping[str, Any] | Sequence[str],
-        match_selections: str | None,
+        matched_method: str,
+        matched_options: Mapping[str, Any] | Sequence[str],
+        matched_selections: str | None,
         seed: int = 0,
     ):
         super().__init__(seed=seed)
-        self.path = match_selections
-        self.given = None if match_selections is None else _counts_of_file(match_selections)
+        self.path = matched_selections
+        self.given = None if matched_selections is None else _counts_of_file(matched_selections)
         self.matched = None
         if self.given is not None:
             self.needs_data, self.nested, self.exact = False, False, False
-            self.none_because = f"there go none in {match_selections}"
+            self.none_because = f"there go none in {matched_selections}"
             return
         others = sorted(REGISTRY.keys() - {self.name})
-        if match not in others:
-            raise ConfigError(f"pruning.match: {match!r} is no method to be matched; valid: {', '.join(others)}")
-        self.matched = get_criterion(match, _options(match, match_options), seed=seed)
+        if matched_method not in others:
+            raise ConfigError(
+                f"pruning.matched_method: {matched_method!r} cannot be matched; valid: {', '.join(others)}"
+            )
+        self.matched = get_criterion(matched_method, _options(matched_method, matched_options), seed=seed)
         for fact in ("needs_data", "class_aware", "scopes", "nested", "exact", "combinations", "none_because"):
             setattr(self, fact, getattr(self.matched, fact))
 
@@ -84,7 +86,7 @@ class MatchedRandom(Criterion):
         return torch.randperm(filters, generator=generator(self.seed, f"{self.name}/{layer}"))
 
     def _counts_at(self, ratio: float, scores: Scores, min_filters: int) -> dict[str, int]:
-        key = f"pruning.match_selections: {self.path}"
+        key = f"pruning.matched_selections: {self.path}"
         if ratio not in self.given:
             raise ConfigError(f"{key}; has no ratio {ratio}, it has {', '.join(map(str, self.given))}")
         for layer, count in self.given[ratio].items():
@@ -103,14 +105,14 @@ def _options(method: str, given: Mapping[str, Any] | Sequence[str]) -> dict[str,
     try:
         changed = given if isinstance(given, Mapping) else OmegaConf.to_object(OmegaConf.from_dotlist(list(given)))
     except Exception as error:  # whatever the parser raises
-        raise ConfigError(f"pruning.match_options: {given}; must be a list of texts key=value") from error
+        raise ConfigError(f"pruning.matched_options: {given}; must be a list of texts key=value") from error
     unknown = [key for key in changed if key not in defaults]
     if unknown:
         raise ConfigError(
-            f"pruning.match_options: {unknown[0]!r} is no key of {method}; valid: {', '.join(defaults) or 'none'}"
+            f"pruning.matched_options: {unknown[0]!r} is no key of {method}; valid: {', '.join(defaults) or 'none'}"
         )
     kinds = {key: kind_of_default(value) for key, value in defaults.items()}
-    return defaults | {key: convert(f"pruning.match_options: {key}", changed[key], kinds[key]) for key in changed}
+    return defaults | {key: convert(f"pruning.matched_options: {key}", changed[key], kinds[key]) for key in changed}
 
 
 def _counts_of_file(path: str) -> dict[float, dict[str, int]]:
@@ -123,6 +125,6 @@ def _counts_of_file(path: str) -> dict[float, dict[str, int]]:
             for block in blocks
         }
     except OSError as error:
-        raise ConfigError(f"pruning.match_selections: {path}; cannot be read ({error.strerror})") from error
+        raise ConfigError(f"pruning.matched_selections: {path}; cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"pruning.match_selections: {path}; is not the selections.json of a run") from error
+        raise ConfigError(f"pruning.matched_selections: {path}; is not the selections.json of a run") from error

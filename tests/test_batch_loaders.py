@@ -123,7 +123,7 @@ def test_batches_hold_each_image_once(count, batch_size, shuffle):
 def test_rows_choose_images_and_labels_go_with_them():
     images, rows = pixels(10), torch.tensor([7, 2, 5])
     loader = TensorLoader(images, torch.tensor([70, 20, 50]), rows=rows, shuffle=False, augment=False, **OPTIONS)
-    (batch, labels), = loader
+    ((batch, labels),) = loader
     assert labels.tolist() == [70, 20, 50]
     for image, row in zip(batch, rows, strict=True):
         torch.testing.assert_close(image.double(), normalised(images[row]), rtol=0, atol=1e-5)

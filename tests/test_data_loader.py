@@ -290,9 +290,7 @@ def test_the_complement_is_balanced_over_its_classes(make):
     few = make("cifar10", selected_classes=(0, 2), num_pruning_samples=3)
     labels = few.get_scoring_loader("complement").labels.tolist()
     assert len(labels) == len(set(labels)) == 3
-    assert few.warnings == [
-        "num_pruning_samples: 3; 8 classes are not selected, 5 of them have no image to score on"
-    ]
+    assert few.warnings == ["num_pruning_samples: 3; 8 classes are not selected, 5 of them have no image to score on"]
 
 
 def test_classes_without_an_image_in_the_small_train_loader_are_named(make):

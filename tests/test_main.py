@@ -229,9 +229,12 @@ def test_a_run_that_is_killed_leaves_whole_records(first, shared):
     assert len(whole) >= 2 and [r.stage for r in whole[:2]] == ["dense", "pruned"]
     assert whole[1].accuracy_per_class == first[1].accuracy_per_class
     assert not list(folder.rglob("*.partial"))
-    assert "dense, all logits" in subprocess.run(
-        [sys.executable, str(MAIN.parent / "report.py"), str(folder)], capture_output=True, text=True, check=True
-    ).stdout
+    assert (
+        "dense, all logits"
+        in subprocess.run(
+            [sys.executable, str(MAIN.parent / "report.py"), str(folder)], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 @pytest.mark.slow

@@ -130,13 +130,13 @@ def test_what_training_a_dataset_needs_otherwise_gives_way_to_the_command_line()
 @pytest.mark.parametrize("method", names_in("pruning"))
 def test_what_is_matched_is_scored_and_ranked_as_by_itself(method):
     if method == "matched_random":
-        with pytest.raises(ConfigError, match='pruning.match: "matched_random"; is no method to be matched, valid: '):
-            checked("pruning=matched_random", f"pruning.match={method}")
+        with pytest.raises(ConfigError, match='pruning.matched_method: "matched_random"; cannot be matched, valid: '):
+            checked("pruning=matched_random", f"pruning.matched_method={method}")
         return
     own = checked(f"pruning={method}").pruning
-    matched = checked("pruning=matched_random", f"pruning.match={method}").pruning
+    matched = checked("pruning=matched_random", f"pruning.matched_method={method}").pruning
     assert (matched.pruning_scope, matched.scoring_classes) == (own.pruning_scope, own.scoring_classes)
-    told = checked("pruning=matched_random", f"pruning.match={method}", "pruning.pruning_scope=layer").pruning
+    told = checked("pruning=matched_random", f"pruning.matched_method={method}", "pruning.pruning_scope=layer").pruning
     assert (told.pruning_scope, told.scoring_classes) == ("layer", own.scoring_classes)
 
 
