@@ -1,7 +1,6 @@
 """`DataLoaderFactory`: how any dataset becomes train, validation and test loaders, and the pruning subsets."""
 
 import copy
-import dataclasses
 import hashlib
 import logging
 import random
@@ -144,10 +143,10 @@ class DataLoaderFactory(ABC):
             others = set(drawn)
         return self._sample(self._balanced_rows(sorted(others)), "complement")
 
-    def selecting(self, classes: Sequence[int]) -> "DataLoaderFactory":
-        """The same data, read once, with other selected classes."""
+    def selecting(self, settings: Any) -> "DataLoaderFactory":
+        """The same data, not read again, for settings with other selected classes."""
         other = copy.copy(self)
-        other.settings = dataclasses.replace(self.settings, selected_classes=tuple(classes))
+        other.settings = settings
         other.warnings = list(self.warnings)
         other._check_classes()
         return other

@@ -39,14 +39,15 @@ log = logging.getLogger(__name__)
 
 
 def choose_classes(
-    settings: Settings, factory: DataLoaderFactory, model: nn.Module
+    settings: Settings, factory: DataLoaderFactory, model: nn.Module, device: torch.device
 ) -> tuple[Settings, DataLoaderFactory]:
     """Both with the classes that `subset` asks for, by what the dense network makes of the validation images."""
     rule = settings.subset.rule
-    confusion = soft_confusion(model, factory.get_dataloaders().validation, len(settings.class_names))
+    confusion = soft_confusion(model, factory.get_dataloaders().validation, len(settings.class_names), device)
     classes = alike(confusion, settings.subset.size, rule)
     log.info("Classes that are %s to the dense network: %s", rule, ", ".join(settings.class_names[c] for c in classes))
-    return replace(settings, selected_classes=classes), factory.selecting(classes)
+    settings = replace(settings, selected_classes=classes)
+    return settings, factory.selecting(settings)
 
 
 class Experiment:

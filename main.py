@@ -71,7 +71,7 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
         dense = dense_model(settings, factory, device)
         tracker.curve("training", dense.history)
         if not settings.selected_classes:
-            settings, factory = choose_classes(settings, factory, dense.model)
+            settings, factory = choose_classes(settings, factory, dense.model, device)
         selector = get_selector(settings, factory)
         graph = ModelGraph(dense.model, factory.input_shape, settings.pruning.residual)
         with Experiment(

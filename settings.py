@@ -194,7 +194,7 @@ def _variant(pruning: PruningSettings) -> str:
     """The method's name, and the settings of its own, its scope and its scoring classes that differ from its YAML."""
     declared = {**OmegaConf.load(CONFIG_DIR / "config.yaml").pruning, **declaration("pruning", pruning.name)}
     chosen = pruning.options | {key: getattr(pruning, key) for key in ("pruning_scope", "scoring_classes")}
-    changed = [f"{key}={_word(value)}" for key, value in chosen.items() if value != declared[key]]
+    changed = [f"{key}={_word(value)}" for key, value in chosen.items() if value != declared.get(key)]
     return " ".join([pruning.name, *changed])
 
 

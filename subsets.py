@@ -6,9 +6,10 @@ import random
 from collections.abc import Sequence
 from itertools import combinations
 from math import comb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 ENUMERATED = 50_000  # subsets; of more, one is built class by class
 
@@ -29,6 +30,8 @@ def alike(confusion: np.ndarray, size: int, rule: str) -> tuple[int, ...]:
     Of what the classes of a subset give to each other, the sum over all ordered pairs is as large, or as small, as can
     be; ties go to the lower indices. Among more than 50,000 subsets, the best pair is extended by the best class.
     """
+    import numpy as np  # a random subset is told without it
+
     mutual = (confusion + confusion.T) * (1 if rule == "similar" else -1)
     np.fill_diagonal(mutual, 0)
     count = len(mutual)
@@ -43,10 +46,10 @@ def alike(confusion: np.ndarray, size: int, rule: str) -> tuple[int, ...]:
 
 
 def _within(mutual: np.ndarray, chosen: Sequence[int]) -> float:
-    return float(mutual[np.ix_(chosen, chosen)].sum())
+    return float(mutual[list(chosen)][:, list(chosen)].sum())
 
 
-def soft_confusion(model: Any, loader: Any, classes: int) -> np.ndarray:
+def soft_confusion(model: Any, loader: Any, classes: int, device: Any = "cpu") -> np.ndarray:
     """[classes, classes]: the mean probability that an image of class i is given for class j.
 
     Probabilities rather than decisions: a good network confuses too few images to rank pairs of classes by.
@@ -59,7 +62,7 @@ def soft_confusion(model: Any, loader: Any, classes: int) -> np.ndarray:
     counts = torch.zeros(classes, dtype=torch.float64)
     with torch.inference_mode(), evaluating(model):
         for images, labels in loader:
-            shares = model(images).softmax(dim=1).double().cpu()
+            shares = model(images.to(device)).softmax(dim=1).double().cpu()
             totals.index_add_(0, labels.cpu(), shares)
             counts += torch.bincount(labels.cpu(), minlength=classes)
     return (totals / counts.clamp_min(1)[:, None]).numpy()

@@ -60,6 +60,7 @@ def make_settings(name, root, **changes):
         "": {
             "selected_classes": (2, 0),
             "num_pruning_samples": 6,
+            "sampling_seed": None,
             "replace_last_layer": True,
             "seed": 0,
             "class_names": tuple(f"class_{index}" for index in range(num_classes)),
@@ -584,3 +585,26 @@ def test_what_has_no_public_address_is_not_fetched(make, tmp_path):
 def test_the_factory_cannot_be_built_without_its_methods():
     with pytest.raises(TypeError, match="abstract"):
         DataLoaderFactory(make_settings("digits", None), "cpu")
+
+
+def drawn(factory, which: str) -> list:
+    return [(images.tolist(), labels.tolist()) for images, labels in factory.get_scoring_loader(which)]
+
+
+@pytest.mark.parametrize("which", ["selected", "complement", "all"])
+def test_the_sampling_seed_draws_other_scoring_images_and_nothing_else(make, which):
+    usual, other, again = make("cifar10"), make("cifar10", sampling_seed=1), make("cifar10", sampling_seed=1)
+    assert drawn(other, which) == drawn(again, which)
+    assert any(drawn(make("cifar10", sampling_seed=seed), which) != drawn(usual, which) for seed in range(1, 6))
+    for one, two in zip(usual.get_dataloaders(), other.get_dataloaders(), strict=True):
+        assert one.labels.tolist() == two.labels.tolist()
+    assert usual.fingerprint() == other.fingerprint()
+
+
+def test_other_classes_of_data_read_once(make):
+    factory, afresh = make("cifar10", selected_classes=(0,)), make("cifar10", selected_classes=(2, 1))
+    chosen = factory.selecting(afresh.settings)
+    assert drawn(chosen, "selected") == drawn(afresh, "selected") != drawn(factory, "selected")
+    for one, two in zip(chosen.get_subset_dataloaders(), afresh.get_subset_dataloaders(), strict=True):
+        assert one.labels.tolist() == two.labels.tolist()
+    assert chosen.fingerprint() == factory.fingerprint()

@@ -188,6 +188,7 @@ def test_a_method_that_reads_images_is_given_the_ones_of_its_classes():
 
     def settings(name, scope="layer", **options):
         pruning = SimpleNamespace(
+            match=None,
             **{"name": name, "options": options, "pruning_ratio": (0.5,), "pruning_scope": scope, "min_filters": 2},
             **{"scoring_classes": "all", "round_to": 8, "coupled_scores": "max"},
         )

@@ -84,6 +84,7 @@ def test_a_methods_file_alone_adds_its_keys_types_and_words(tmp_path, monkeypatc
         (config / group).mkdir(parents=True)
         for path in (CONFIG_DIR / group).glob("*.yaml"):
             (config / group / path.name).write_text(path.read_text())
+    (config / "config.yaml").write_text((CONFIG_DIR / "config.yaml").read_text())
     (config / "pruning").mkdir()
     (config / "pruning" / "base.yaml").write_text("name: base\nrule: a\nchoices: {rule: [a, b]}\n")
     (config / "pruning" / "new.yaml").write_text("defaults: [base]\nname: new\nsteps: 3\nlimit: null\n")
