@@ -248,10 +248,21 @@ def read_records(path: str | Path) -> list[Record]:
 
     Raises BenchmarkError where the file cannot be read.
     """
+    records, problems = scan_records(path)
+    for problem in problems:
+        log.warning("%s, %s", path, problem)
+    return records
+
+
+def scan_records(path: str | Path) -> tuple[list[Record], list[str]]:
+    """The whole records of a file, in the order written, and for each line that is none "line 3: not read: reason".
+
+    Raises BenchmarkError where the file cannot be read.
+    """
     path = Path(path)
     with disk_errors(path):
         lines = path.read_bytes().split(b"\n")
-    records = []
+    records, problems = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -260,8 +271,8 @@ def read_records(path: str | Path) -> list[Record]:
         except ValueError as error:
             # Every line ends with a line break, so a last one without is what an interrupted run had begun to write.
             reason = "cut short, the run was interrupted" if number == len(lines) else error
-            log.warning("%s, line %d: not read: %s", path, number, reason)
-    return records
+            problems.append(f"line {number}: not read: {reason}")
+    return records, problems
 
 
 def spread(records: Iterable[Record]) -> tuple[list[str], list[list[Any]]]:

@@ -1,0 +1,168 @@
+"""The runs below a folder, read from what each left behind: whole records count, whatever is not whole is named."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from errors import BenchmarkError
+from records import Record, scan_records
+
+RECORDS = "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder. `name` is its path below the root; `overrides` what its command line said."""
+
+    path: Path
+    name: str
+    records: tuple[Record, ...]
+    selections: dict[float, dict[str, tuple[int, ...]]]
+    environment: dict[str, Any]
+    overrides: tuple[str, ...] | None
+
+    @property
+    def command(self) -> str | None:
+        return None if self.overrides is None else shlex.join(["python", "main.py", *self.overrides])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs below `root`, and a sentence for each thing that is missing or was not read."""
+
+    root: Path
+    runs: tuple[Run, ...]
+    problems: tuple[str, ...]
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(record for run in self.runs for record in run.records)
+
+
+def read_sweep(root: str | Path) -> Sweep:
+    """Read every records.jsonl in and below `root`.
+
+    Of several runs of one configuration the last counts. Raises BenchmarkError where there is not one whole record.
+    """
+    root = Path(root)
+    problems: list[str] = []
+    found = [_read_run(root, path.parent, problems) for path in sorted(root.glob(f"**/{RECORDS}"), key=_by_number)]
+    runs = _without_duplicates([run for run in found if run.records], problems)
+    if not runs:
+        told = "".join(f"\n  {problem}" for problem in problems)
+        raise BenchmarkError(
+            f"{root}: not one whole record in or below it; give the folder of a run or of a sweep, as "
+            f"outputs/DATE/TIME or multirun/DATE/TIME{told}"
+        )
+    recorded = {run.path for run in found if run.records}
+    for config in sorted(root.glob("**/.hydra"), key=_by_number):
+        if config.parent not in recorded:
+            problems.append(f"{_name(root, config.parent)}: has no record yet; it failed, or is under way")
+    problems += _gaps([record for run in runs for record in run.records])
+    return Sweep(root, tuple(runs), tuple(problems))
+
+
+def _by_number(path: Path) -> list[tuple[int, int, str]]:
+    """Folders 2 and 10 in the order of their numbers."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts]
+
+
+def _name(root: Path, path: Path) -> str:
+    return str(path.relative_to(root))
+
+
+def _read_run(root: Path, path: Path, problems: list[str]) -> Run:
+    name = _name(root, path)
+    records, unread = scan_records(path / RECORDS)
+    problems += [f"{name}: {RECORDS}, {problem}" for problem in unread]
+    if not records and not unread:
+        problems.append(f"{name}: {RECORDS} is empty")
+    if older := {record.run_id for record in records} - {records[-1].run_id if records else ""}:
+        problems.append(f"{name}: {RECORDS} holds {len(older)} earlier runs, only the last is shown")
+        records = [record for record in records if record.run_id == records[-1].run_id]
+    selections = _read(name, path / "selections.json", _selections, problems)
+    environment = _read(name, path / "environment.json", _mapping, problems)
+    overrides = _read(name, path / ".hydra" / "overrides.yaml", _overrides, problems)
+    return Run(path, name, tuple(records), selections or {}, environment or {}, overrides)
+
+
+def _read(name: str, path: Path, parse: Any, problems: list[str]) -> Any:
+    """What `parse` makes of a file; None, and a problem told, where there is none or it is damaged."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except OSError:
+        problems.append(f"{name}: has no {path.name}")
+    except Exception:  # whatever the parsers raise on damaged files
+        problems.append(f"{name}: {path.name} is damaged and was not read")
+    return None
+
+
+def _selections(text: str) -> dict[float, dict[str, tuple[int, ...]]]:
+    blocks = json.loads(text)
+    return {
+        float(block["ratio"]): {layer: tuple(map(int, filters)) for layer, filters in block["filters_removed"].items()}
+        for block in blocks
+    }
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("not a mapping")
+    return content
+
+
+def _overrides(text: str) -> tuple[str, ...]:
+    return tuple(map(str, OmegaConf.to_container(OmegaConf.create(text))))
+
+
+def _without_duplicates(runs: Sequence[Run], problems: list[str]) -> list[Run]:
+    """Of the runs that share a configuration, the one that began last; run ids begin with the time."""
+    same: dict[tuple, list[Run]] = defaultdict(list)
+    for run in runs:
+        first = run.records[0]
+        same[first.config_hash, first.selected_classes].append(run)
+    kept = []
+    for alike in same.values():
+        last = max(alike, key=lambda run: run.records[0].run_id)
+        kept.append(last)
+        problems += [f"{run.name}: same configuration as {last.name}, left out" for run in alike if run is not last]
+    return sorted(kept, key=lambda run: runs.index(run))
+
+
+def block_of(record: Record) -> tuple[tuple[int, ...], int, int]:
+    """What has to be equal for two runs to be a pair: the classes, the seed, and the seed of the scoring images."""
+    return tuple(sorted(record.selected_classes)), record.seed, record.sampling_seed
+
+
+def _gaps(records: Iterable[Record]) -> list[str]:
+    """What some variants of a dataset and model have and others lack: seeds, classes, targets, stages."""
+    cells: dict[tuple, dict[str, set]] = defaultdict(lambda: defaultdict(set))
+    for record in records:
+        if record.stage != "dense" and record.ratio > 0:
+            level = record.ratio if record.target is None else record.target
+            cell = (block_of(record), record.match, level if record.match else None, record.stage)
+            cells[record.dataset, record.model][record.variant].add(cell)
+    problems = []
+    for (dataset, model), variants in cells.items():
+        everything = set().union(*variants.values())
+        for variant, has in variants.items():
+            lacking = everything - has
+            blocks = sorted({cell[0] for cell in lacking})
+            if blocks:
+                classes, seed, _ = blocks[0]
+                more = f" and {len(blocks) - 1} more" if len(blocks) > 1 else ""
+                problems.append(
+                    f"{variant} on {dataset}, {model}: lacks {len(lacking)} of {len(everything)} results that others "
+                    f"have (seed {seed}, classes {', '.join(map(str, classes))}{more})"
+                )
+    return problems
