@@ -18,7 +18,7 @@ from records import Record
 from runs import block_of
 from tables import headline
 
-RESAMPLES = 4000
+RESAMPLES = 10_000
 LEVEL = 0.95
 FEWEST_BLOCKS = 5  # of fewer, an interval would be a guess: two blocks that agree by chance give one of no width
 FEWEST_SHARE = 0.5  # of the blocks that another variant has; with fewer, a variant would cost the others theirs

@@ -1,0 +1,199 @@
+"""The statistics against scipy, against a slow bootstrap, and in what must not change them."""
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+import comparison
+from comparison import Resampling, Setting, areas, cells_of, difference, friedman, ranked, settings_of, standings
+from runs import read_sweep
+from tests.sample_sweeps import LEVELS, records_of, run_of
+
+AFTER = Setting("digits", "resnet18", "retrained", "macs", 0.6)
+COMMITTED = Path(__file__).resolve().parent.parent / "results"
+
+
+def matrix(records, setting):
+    """Accuracies [block, variant], picked out one by one."""
+    cells = {}
+    for r in records:
+        if (r.dataset, r.model, r.stage, r.match, r.target) == (
+            setting.dataset, setting.model, setting.stage, setting.match, setting.level,
+        ):  # fmt: skip
+            cells[(r.selected_classes, r.seed), r.variant] = r.accuracy
+    blocks, variants = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
+    return np.array([[cells[block, variant] for variant in variants] for block in blocks]), variants
+
+
+def sweeps():
+    """Made-up records, and all that the repository holds of real ones."""
+    yield pytest.param(records_of(), id="made up")
+    for path in sorted({found.parents[1] for found in COMMITTED.glob("*/*/records.jsonl")}):
+        yield pytest.param(list(read_sweep(path).records), id=path.name)
+
+
+@pytest.mark.parametrize("records", list(sweeps()))
+def test_means_ranks_and_friedman_are_those_of_scipy(records):
+    checked = 0
+    for setting in settings_of(records):
+        cells = cells_of(records, setting)
+        if len(cells.blocks) < 2 or cells.left_out or any(cells.unmet.values()) or any(cells.missing.values()):
+            continue
+        values, variants = matrix(records, setting)
+        rows = {standing.variant: standing for standing in standings(records, setting)}
+        ranks = scipy.stats.rankdata(-values, axis=1).mean(axis=0)
+        for variant, mean, rank in zip(variants, values.mean(axis=0), ranks, strict=True):
+            assert rows[variant].accuracy.value == pytest.approx(mean, abs=1e-12)
+            assert rows[variant].mean_rank.value == pytest.approx(rank, abs=1e-12)
+        if len(variants) > 2:
+            theirs = scipy.stats.friedmanchisquare(*values.T)
+            ours = friedman(records, setting)
+            if ours is None:  # all tied, which scipy answers with a division by zero
+                assert math.isnan(theirs.statistic)
+            else:
+                assert ours == (pytest.approx(theirs.statistic), len(variants) - 1)
+        checked += 1
+    assert checked > 0
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=6))
+def test_ranks_are_those_of_scipy(rows):
+    assert np.allclose(ranked(rows), scipy.stats.rankdata(-np.array(rows), axis=1))
+
+
+def slow_pigeonhole(values: dict, draws: int, seed: int) -> list[float]:
+    """Means of tables of subsets by seeds whose rows and columns were drawn, built cell by cell."""
+    chance = random.Random(seed)
+    subsets, seeds = sorted({key[0] for key in values}), sorted({key[1] for key in values})
+    means = []
+    while len(means) < draws:
+        rows, columns = chance.choices(subsets, k=len(subsets)), chance.choices(seeds, k=len(seeds))
+        drawn = [values[row, column] for row in rows for column in columns if (row, column) in values]
+        if drawn:
+            means.append(math.fsum(drawn) / len(drawn))
+    return means
+
+
+@pytest.mark.parametrize("hole", [None, ((0,), 1)])
+def test_the_interval_is_that_of_tables_drawn_cell_by_cell(hole):
+    chance = random.Random(3)
+    values = {((row,), column): row + chance.gauss(0, 1) for row in range(4) for column in range(3)}
+    values.pop(hole, None)
+    resampling = Resampling([(*key, 0) for key in values])
+    estimate = resampling.mean(list(values.values()))
+    low, high = np.quantile(slow_pigeonhole(values, 20_000, 1), (0.025, 0.975))
+    assert estimate.value == pytest.approx(np.mean(list(values.values())))
+    assert (estimate.low, estimate.high) == (pytest.approx(low, abs=0.09), pytest.approx(high, abs=0.09))
+
+
+def test_with_one_subset_it_is_scipys_percentile_bootstrap():
+    values = [random.Random(5).gauss(0, 1) for _ in range(12)]
+    estimate = Resampling([((1,), seed, 0) for seed in range(12)]).mean(values)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=np.random.default_rng(1)
+    )
+    assert estimate.low == pytest.approx(theirs.confidence_interval.low, abs=0.03)
+    assert estimate.high == pytest.approx(theirs.confidence_interval.high, abs=0.03)
+
+
+def test_three_subsets_by_three_seeds_hold_the_truth_nearly_as_often_as_they_say():
+    """Effects of subset, seed and both, of one size, mean 0: the share of intervals with 0 inside."""
+    generator = np.random.default_rng(0)
+    blocks = [((subset,), seed, 0) for subset in range(3) for seed in range(3)]
+    resampling, held = Resampling(blocks), 0
+    for _ in range(600):
+        subset, seed, both = generator.normal(size=3), generator.normal(size=3), generator.normal(size=(3, 3))
+        estimate = resampling.mean([subset[b[0][0]] + seed[b[1]] + both[b[0][0], b[1]] for b in blocks])
+        held += estimate.low <= 0 <= estimate.high
+    assert held / 600 > 0.80  # 0.86 here: three of each are few, and a percentile interval says so too seldom
+
+
+def test_the_better_one_leads_and_its_rank_is_certain():
+    rows = standings(records_of(), AFTER)
+    assert [row.variant for row in rows] == ["ocap", "ln_structured", "random"]
+    assert [row.rank for row in rows] == [(1, 1), (2, 2), (3, 3)]
+    assert rows[0].lead.low > 0 and rows[2].lead is None and rows[0].accuracy.n == 9
+    assert all(row.macs_ratio == pytest.approx(0.4, abs=0.006) for row in rows)
+
+
+def test_a_paired_difference_is_the_mean_of_differences_within_blocks():
+    records = records_of()
+    values, variants = matrix(records, AFTER)
+    one, other = variants.index("ocap"), variants.index("random")
+    found = difference(records, AFTER, "ocap", "random")
+    assert found.value == pytest.approx((values[:, one] - values[:, other]).mean())
+    own = standings(records, AFTER)[2].accuracy
+    assert found.high - found.low < own.high - own.low  # what is hard for both does not count
+    assert difference(records, AFTER, "ocap", "nothing") is None
+
+
+def test_equal_methods_are_tied():
+    records = records_of(("a", "b"), level=0.9)
+    assert {row.rank for row in standings(records, AFTER, "a")} == {(1, 2)}
+
+
+def test_two_blocks_tell_no_interval_and_no_order():
+    rows = standings(records_of(subsets=2, seeds=1), AFTER)
+    assert all(row.accuracy.low is None and row.rank == (1, 3) for row in rows) and rows[0].lead.sign == 0
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_the_records_does_not_matter(chance):
+    records = records_of(subsets=2, seeds=3)
+    shuffled = list(records)
+    chance.shuffle(shuffled)
+    assert standings(shuffled, AFTER) == standings(records, AFTER)
+    assert areas(shuffled, "digits", "resnet18", "retrained") == areas(records, "digits", "resnet18", "retrained")
+
+
+def test_what_missed_its_target_does_not_compete():
+    records = records_of(("ocap", "random"))
+    records += [r for s in range(3) for k in range(3) for r in run_of("lrp", (s, s + 3, s + 6), k, unreached=(0.6,))]
+    assert {row.variant for row in standings(records, AFTER)} == {"ocap", "random"}
+    cells = cells_of(records, AFTER)
+    assert cells.left_out == ("lrp",) and cells.unmet == {"lrp": 9} and cells.missing["lrp"] == 0
+    assert {row.variant for row in standings(records, Setting("digits", "resnet18", "retrained", "macs", 0.3))} == {
+        "ocap", "random", "lrp",
+    }  # fmt: skip
+
+
+def test_a_sweep_that_is_half_done_compares_what_all_have():
+    records = records_of(("ocap", "random")) + run_of("lrp", (0, 3, 6), 0)
+    rows = standings(records, AFTER)
+    assert [row.accuracy.n for row in rows] == [9, 9] and cells_of(records, AFTER).missing["lrp"] == 8
+    records += [r for s in range(3) for k in (0, 1) for r in run_of("lrp", (s, s + 3, s + 6), k) if (s, k) != (0, 0)]
+    assert [row.accuracy.n for row in standings(records, AFTER)] == [6, 6, 6]
+
+
+def test_the_area_is_scipys_trapezoid():
+    records = records_of(subsets=2, seeds=3)
+    found = {area.variant: area for area in areas(records, "digits", "resnet18", "retrained")}
+    assert set(found) == set(LEVELS)
+    low, high = found["ocap"].low, found["ocap"].high
+    for variant in LEVELS:
+        runs = {}
+        for r in records:
+            if r.variant == variant and r.stage == "retrained":
+                runs.setdefault((r.selected_classes, r.seed), []).append((r.macs_ratio, r.accuracy))
+        heights = []
+        for line in map(sorted, runs.values()):
+            x = np.linspace(low, high, 20_001)
+            heights.append(scipy.integrate.trapezoid(np.interp(x, *zip(*line, strict=True)), x) / (high - low))
+        assert found[variant].accuracy.value == pytest.approx(np.mean(heights), abs=1e-6)
+    assert areas(records, "digits", "vgg16", "retrained") == []
+
+
+def test_settings_are_named_and_ordered():
+    settings = settings_of(records_of(subsets=1, seeds=1))
+    assert [str(s) for s in settings[:2]] == [
+        "digits, resnet18, 30 % of MACs removed, before retraining",
+        "digits, resnet18, 30 % of MACs removed, after retraining",
+    ]
+    assert len(settings) == 4 and comparison.TOLERANCE == 0.02
