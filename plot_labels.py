@@ -45,7 +45,8 @@ def _stack(values: Sequence[float], gap: float) -> list[float]:
 def _points_high(axes: Axes) -> float:
     """Data units of y that one typographic point is high, about: labels need room before the layout is known."""
     low, high = axes.get_ylim()
-    return (high - low) / (0.72 * axes.figure.get_figheight() * POINTS_PER_INCH)
+    rows = axes.get_subplotspec().get_gridspec().nrows
+    return (high - low) / (0.72 * axes.figure.get_figheight() / rows * POINTS_PER_INCH)
 
 
 def label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
@@ -58,6 +59,24 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> N
         offset = (-8, (height - y) / point) if beside else (2, (height - y) / point - 7)
         align = {"ha": "right", "va": "center"} if beside else {"ha": "left", "va": "top"}
         axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour, **align)
+
+
+def label_column(axes: Axes, labels: Sequence[tuple[float, float, str, str]], x: float, side: str) -> None:
+    """Name points (x, y, text, colour) in a column at `x`, in data units, each joined to its point by a thin line.
+
+    side: right | left, where the texts end or begin. Call it once the limits are final: texts stay within them.
+    """
+    point = _points_high(axes)
+    low, high = axes.get_ylim()
+    gap = min(11 * point, (high - low - 12 * point) / max(len(labels) - 1, 1))
+    heights = _spread([y for _, y, _, _ in labels], gap)
+    heights = [height - min(0, min(heights) - low - 6 * point) for height in heights]
+    heights = [height - max(0, max(heights) - high + 6 * point) for height in heights]
+    for (place, y, text, colour), height in zip(labels, heights, strict=True):
+        axes.annotate(
+            text, (place, y), (x, height), color=colour, ha=side, va="center", size=8, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 1, "shrinkB": 3},
+        )  # fmt: skip
 
 
 def label_right(axes: Axes, labels: Sequence[tuple[float, str]]) -> None:

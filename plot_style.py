@@ -18,13 +18,21 @@ from tables import describe_classes
 
 METHOD_COLOURS = {
     "ocap": "#0072B2",
-    "ln_structured": "#D55E00",
-    "random": "#7F7F7F",  # the control, not a colour of its own
     "lrp": "#009E73",
-    "taylor": "#CC79A7",
+    "pxp": "#009E73",  # a configuration of lrp
     "crisp": "#E69F00",
-    "sensitivity": "#56B4E9",
+    "class_taylor": "#56B4E9",
+    "firing_rate": "#CC79A7",
+    "torchpruner": "#A6761D",
+    "torch_pruning": "#332288",
+    "ln_structured": "#D55E00",
+    "random": "#7F7F7F",  # the controls, not colours of their own
+    "matched_random": "#7F7F7F",
 }
+# A second sign beside the colour: no two methods share both.
+METHOD_MARKERS = {"pxp": "s", "crisp": "D", "class_taylor": "^", "firing_rate": "v", "torchpruner": "P",
+                  "torch_pruning": "X", "ln_structured": "s", "matched_random": "s"}  # fmt: skip
+MARKERS = "o^sDvPX<>p*h"
 INK, FAINT, PALE = "#333333", "#8C8C8C", "#E3E3E3"
 STYLE = {
     "font.size": 9,
@@ -50,6 +58,17 @@ def method_colour(method: str) -> str:
     """The colour of a method, the same in every plot; of one that is not listed, chosen by its name."""
     palette = list(METHOD_COLOURS.values())
     return METHOD_COLOURS.get(method, palette[hashlib.sha256(method.encode()).digest()[0] % len(palette)])
+
+
+def variant_style(variant: str) -> dict[str, str]:
+    """Colour, marker and line of a variant, by its text alone: its method's, with settings of its own dashed."""
+    method, _, changes = variant.partition(" ")
+    marker, line = METHOD_MARKERS.get(method, "o"), "-"
+    if changes:
+        digest = hashlib.sha256(changes.encode()).digest()
+        others = MARKERS.replace(marker, "")
+        marker, line = others[digest[0] % len(others)], ("--", "-.", ":")[digest[1] % 3]
+    return {"color": method_colour(method), "marker": marker, "linestyle": line}
 
 
 def render(figure: Figure) -> dict[str, bytes]:

@@ -1,0 +1,137 @@
+"""The heat maps of a sweep: accuracy lost by class, filters kept by layer, and how alike selections are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from math import nan
+from statistics import fmean
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from comparison import BUDGETS, met
+from plot_style import STYLE, draw_heat_map, heat_maps
+from records import Record
+from runs import Run, Sweep, block_of
+
+
+def middle_level(sweep: Sweep) -> tuple[str | None, float] | None:
+    """The budget and target, or the ratio, in the middle of those of the sweep."""
+    levels = {
+        (r.match, r.ratio if r.target is None else r.target) for r in sweep.records if r.stage == "pruned" and r.ratio
+    }
+    return sorted(levels, key=lambda level: (level[0] or "", level[1]))[(len(levels) - 1) // 2] if levels else None
+
+
+def _said(level: tuple[str | None, float]) -> str:
+    match, share = level
+    return f"{100 * share:g} % of {BUDGETS[match]} removed" if match else f"ratio {share:g}"
+
+
+def _at(sweep: Sweep, stages: tuple[str, ...]) -> Iterator[tuple[Run, Record]]:
+    """The records at the middle level, of the last of `stages` that the sweep has, and the runs that they are of."""
+    level = middle_level(sweep)
+    present = {record.stage for record in sweep.records if record.ratio}
+    stage = next((stage for stage in stages if stage in present), None)
+    for run in sweep.runs:
+        for record in run.records:
+            at = (record.match, record.ratio if record.target is None else record.target)
+            if record.stage == stage and record.ratio and at == level and met(record):
+                yield run, record
+
+
+def accuracy_lost_per_class(sweep: Sweep) -> Figure | None:
+    """Points of accuracy that each class loses against the network that nothing was removed from, in the same stage."""
+    lost: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for run, record in _at(sweep, ("retrained", "pruned")):
+        whole = [r for r in run.records if r.stage == record.stage and not r.ratio]
+        for name, share in record.accuracy_per_class.items():
+            if whole:
+                gone = 100 * (whole[0].accuracy_per_class[name] - share)
+                lost[record.dataset, record.model][record.variant][name].append(gone)
+    if not lost:
+        return None
+    panels = [(*key, sorted({name for row in rows.values() for name in row})) for key, rows in sorted(lost.items())]
+    variants = sorted({variant for rows in lost.values() for variant in rows})
+    means = [[[_mean(lost[d, m][v][name]) for name in names] for v in variants] for d, m, names in panels]
+    highest = max([1.0, *(value for panel in means for row in panel for value in row if value is not None)])
+    with rc_context(STYLE):
+        figure, axes = heat_maps([len(names) for *_, names in panels], variants, cell_width=0.4)
+        for (dataset, model, names), values, panel in zip(panels, means, axes, strict=True):
+            texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
+            draw_heat_map(panel, _with_gaps(values), texts, 0, highest)
+            panel.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+            panel.set_title(f"{dataset}, {model}")
+        _title(figure, f"Points of accuracy that each class loses, {_said(middle_level(sweep))}")
+    return figure
+
+
+def filters_kept_per_layer(sweep: Sweep) -> Figure | None:
+    """Percentage of its filters that each layer keeps, a mean over the runs; layers from input to output."""
+    kept: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for _, record in _at(sweep, ("pruned",)):
+        for layer, width in record.widths_dense.items():
+            share = 100 * record.filters_kept_per_layer[layer] / width
+            kept[record.dataset, record.model][layer][record.variant].append(share)
+    if not kept:
+        return None
+    models = {model: key for key in sorted(kept, reverse=True) for model in [key[1]]}  # one dataset a model
+    (dataset, model) = models[sorted(models)[0]]
+    layers = kept[dataset, model]
+    pruned = [layer for layer, row in layers.items() if any(share < 100 for shares in row.values() for share in shares)]
+    variants = sorted({variant for row in layers.values() for variant in row})
+    if not pruned:
+        return None
+    values = [[_mean(layers[layer][variant]) for variant in variants] for layer in pruned]
+    with rc_context(STYLE):
+        figure, (axes,) = heat_maps([len(variants)], pruned, cell_width=0.42)
+        texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
+        draw_heat_map(axes, _with_gaps(values), texts, 0, 100)
+        axes.set_xticks(range(len(variants)), variants, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_title(f"{dataset}, {model}; layers that no variant prunes are left out")
+        _title(figure, f"Filters kept in each layer (%), {_said(middle_level(sweep))}")
+    return figure
+
+
+def selection_overlap(sweep: Sweep) -> Figure | None:
+    """Filters that two variants both remove, in % of those that either does (Jaccard index), a mean over the blocks."""
+    chosen: dict[tuple, dict[str, set]] = defaultdict(dict)
+    for run, record in _at(sweep, ("pruned",)):
+        if record.ratio in run.selections:
+            filters = {(layer, i) for layer, rows in run.selections[record.ratio].items() for i in rows}
+            chosen[record.dataset, record.model, block_of(record)][record.variant] = filters
+    variants = sorted({variant for row in chosen.values() for variant in row})
+    if len(variants) < 2:
+        return None
+
+    def overlap(one: str, other: str) -> float | None:
+        both = [(row[one], row[other]) for row in chosen.values() if one in row and other in row]
+        return _mean([100 * len(a & b) / len(a | b) for a, b in both if a | b])
+
+    values = [[overlap(one, other) for other in variants] for one in variants]
+    with rc_context(STYLE):
+        figure, (axes,) = heat_maps([len(variants)], variants, cell_width=0.42)
+        texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
+        draw_heat_map(axes, _with_gaps(values), texts, 0, 100)
+        axes.set_xticks(range(len(variants)), variants, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_title("100: the same filters; beside random: what chance shares")
+        _title(figure, f"How alike the selections are (%), {_said(middle_level(sweep))}")
+    return figure
+
+
+def _mean(values: list[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _with_gaps(values: list[list[float | None]]) -> list[list[float]]:
+    """Cells without a value are left empty."""
+    return [[nan if value is None else value for value in row] for row in values]
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left")

@@ -1,0 +1,229 @@
+"""The plots of a sweep, drawn from its records alone: what each variant keeps, at what cost, and how sure that is.
+
+Each function takes a sweep and returns a figure, or None where the records hold nothing to draw. Bands and bars are
+95 % intervals over subsets of classes and seeds; without enough of these there are none.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from math import ceil, floor, log10
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from comparison import STAGES, Resampling, Setting, met, settings_of, standings
+from plot_labels import label_column
+from plot_style import INK, PALE, STYLE, variant_style
+from records import Record
+from runs import Sweep, block_of
+from sweep_heat_maps import accuracy_lost_per_class, filters_kept_per_layer, selection_overlap
+from tables import headline
+
+Place = Callable[[Record], float | None]
+
+
+def stages_of(records: Sequence[Record]) -> list[str]:
+    found = {record.stage for record in records if record.ratio}
+    return [stage for stage in STAGES if stage in found]
+
+
+def panels_of(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The datasets and models that something was pruned on."""
+    return sorted({(record.dataset, record.model) for record in records if record.ratio})
+
+
+def _latency(record: Record) -> float | None:
+    timing = headline(record)
+    return None if timing is None or timing.noisy else timing.ratio
+
+
+def accuracy_over_macs(sweep: Sweep) -> Figure | None:
+    return _curves(sweep, lambda record: record.macs_ratio, "MACs left (% of the dense network's)", "MACs")
+
+
+def accuracy_over_params(sweep: Sweep) -> Figure | None:
+    return _curves(
+        sweep, lambda record: record.params_ratio, "parameters left (% of the dense network's)", "parameters"
+    )
+
+
+def accuracy_over_latency(sweep: Sweep) -> Figure | None:
+    return _curves(sweep, _latency, "measured latency, PyTorch (% of the dense network's)", "latency")
+
+
+def _curves(sweep: Sweep, place: Place, label: str, what: str) -> Figure | None:
+    """A row a dataset and model, a column a stage; a line a variant through its means at each target."""
+    records = [record for record in sweep.records if place(record) is not None]
+    rows, columns = panels_of(records), stages_of(records)
+    if not rows:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.2 + 4.6 * len(columns), 0.9 + 3.6 * len(rows)), layout="constrained")
+        panels = figure.subplots(len(rows), len(columns), squeeze=False, sharey="row")
+        for (dataset, model), line in zip(rows, panels, strict=True):
+            named = {}
+            for stage, axes in zip(columns, line, strict=True):
+                chosen = [r for r in records if (r.dataset, r.model, r.stage) == (dataset, model, stage)]
+                named[axes] = _draw_curves(axes, chosen, place)
+                axes.set_title(f"{dataset}, {model}, {STAGES[stage]}")
+            for axes, labels in named.items():  # once the heights, which they share, are final
+                _name_curves(axes, labels)
+            line[0].set_ylabel("test accuracy, selected classes (%)")
+        for axes in panels[-1]:
+            axes.set_xlabel(label)
+        figure.suptitle(f"What pruning costs in accuracy and saves in {what}", x=0.01, ha="left")
+    return figure
+
+
+def _draw_curves(axes: Axes, records: Sequence[Record], place: Place) -> list[tuple[float, float, str, str]]:
+    """Draws a line a variant; returns the names for their ends: x, y, text, colour."""
+    labels = []
+    for variant, points in sorted(_means(records, place).items()):
+        x, y, low, high = zip(*points, strict=True)
+        style = variant_style(variant)
+        axes.plot(x, y, markersize=4, linewidth=1.4, clip_on=False, label=variant, **style)
+        if None not in low:
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        labels.append((x[0], y[0], variant, style["color"]))
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=PALE, linewidth=0.6)
+    return labels
+
+
+def _name_curves(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names in a column beyond the ends that were pruned most, where there are no ticks."""
+    if not labels:
+        return
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
+    axes.set_xlim(left - 0.5 * (right - left), right)
+    axes.set_xticks(ticks)
+    label_column(axes, labels, min(x for x, *_ in labels) - 0.09 * (right - left), "right")
+
+
+def _means(records: Sequence[Record], place: Place) -> dict[str, list[tuple]]:
+    """variant -> (place in %, accuracy in %, its low, its high) by place, each a mean over blocks at one target."""
+    found: dict[tuple, dict[float, dict]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        if met(record):
+            level = (record.target or 0.0) if record.match else record.ratio
+            found[record.variant][level][block_of(record)] = record
+    lines = {}
+    for variant, levels in found.items():
+        points = []
+        for blocks in levels.values():
+            row = [blocks[block] for block in sorted(blocks)]
+            accuracy = Resampling(sorted(blocks)).mean([100 * record.accuracy for record in row])
+            points.append((100 * sum(map(place, row)) / len(row), accuracy.value, accuracy.low, accuracy.high))
+        if len(points) > 1:
+            lines[variant] = sorted(points)
+    return lines
+
+
+def middle_setting(records: Sequence[Record], dataset: str, model: str) -> Setting | None:
+    """The comparison shown where there is room for one: the last stage, at the target in the middle."""
+    stages = [stage for stage in stages_of(records) if stage != "scratch"]
+    settings = [s for s in settings_of(records) if (s.dataset, s.model) == (dataset, model) and s.stage in stages[-1:]]
+    return settings[(len(settings) - 1) // 2] if settings else None
+
+
+def scoring_cost_over_accuracy(sweep: Sweep) -> Figure | None:
+    """Seconds that scoring took, on a logarithmic scale, against the accuracy kept at the middle target."""
+    drawn = []
+    for dataset, model in panels_of(sweep.records):
+        setting = middle_setting(sweep.records, dataset, model)
+        rows = [row for row in standings(sweep.records, setting) if row.scoring_seconds] if setting else []
+        drawn += [(setting, rows)] if rows else []
+    if not drawn:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.6 + 3.2 * len(drawn)), layout="constrained")
+        for (setting, rows), axes in zip(drawn, figure.subplots(len(drawn), 1, squeeze=False)[:, 0], strict=True):
+            labels = []
+            for row in rows:
+                style, mean = variant_style(row.variant), row.accuracy
+                # The logarithm itself is drawn: names are set apart in the axes' own units.
+                x, y = log10(1000 * row.scoring_seconds), 100 * mean.value
+                if mean.low is not None:
+                    axes.plot([x, x], [100 * mean.low, 100 * mean.high], color=style["color"], linewidth=0.8)
+                axes.plot(x, y, color=style["color"], marker=style["marker"], markersize=6)
+                labels.append((x, y, row.variant, style["color"]))
+            first, last = min(x for x, *_ in labels), max(x for x, *_ in labels)
+            span = max(last - first, 0.5)
+            axes.set_xlim(first - 0.08 * span, last + 0.5 * span)
+            axes.set_ylim(*axes.get_ylim())
+            label_column(axes, labels, last + 0.12 * span, "left")
+            axes.set_xticks(_one_two_five(first, last))
+            axes.set_xlim(first - 0.08 * span, last + 0.5 * span)
+            axes.xaxis.set_major_formatter(lambda power, _: f"{10**power:.3g}")
+            axes.grid(color=PALE, linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.set_title(str(setting))
+            axes.set_ylabel("test accuracy (%)")
+            axes.set_xlabel("time of scoring (ms, log scale)")
+        figure.suptitle("What scoring costs and what it is worth", x=0.01, ha="left")
+    return figure
+
+
+def _one_two_five(first: float, last: float) -> list[float]:
+    """Logarithms of 1, 2 and 5 times the powers of ten between two logarithms, or about there."""
+    powers = range(floor(first), ceil(last) + 1)
+    ticks = [log10(step * 10.0**power) for power in powers for step in (1, 2, 5)]
+    return [tick for tick in ticks if first - 0.3 <= tick <= last + 0.3]
+
+
+def ranks(sweep: Sweep) -> Figure | None:
+    """Mean ranks with their intervals, best on top; a bar beside them joins those that cannot be told apart."""
+    drawn = [
+        (setting, rows)
+        for setting in settings_of(sweep.records)
+        if setting.stage == stages_of(sweep.records)[-1] and len(rows := standings(sweep.records, setting)) > 1
+    ]
+    if not drawn:
+        return None
+    heights = [0.6 + 0.22 * len(rows) for _, rows in drawn]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.6 + sum(heights)), layout="constrained")
+        panels = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
+        for (setting, rows), axes in zip(drawn, panels, strict=True):
+            rows = sorted(rows, key=lambda row: (row.mean_rank.value, row.variant))
+            for place, row in enumerate(rows):
+                style, rank = variant_style(row.variant), row.mean_rank
+                if rank.low is not None:
+                    axes.plot([rank.low, rank.high], [place, place], color=style["color"], linewidth=1.2)
+                axes.plot(rank.value, place, color=style["color"], marker=style["marker"], markersize=5.5)
+                axes.annotate(
+                    f"{100 * row.accuracy.value:.1f} %   place {_places(row.rank)}", (1.01, place), va="center", size=7,
+                    xycoords=axes.get_yaxis_transform(), color=INK, annotation_clip=False,
+                )  # fmt: skip
+            axes.set_yticks(range(len(rows)), [row.variant for row in rows])
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.grid(axis="x", color=PALE, linewidth=0.6)
+            axes.tick_params(axis="y", length=0)
+            axes.set_axisbelow(True)
+            axes.set_title(f"{setting}; {rows[0].accuracy.n} pairs of subset and seed")
+        panels[-1].set_xlabel("mean rank in accuracy (1: best)")
+        figure.suptitle("Who keeps most, and who cannot be told apart", x=0.01, ha="left")
+    return figure
+
+
+def _places(rank: tuple[int, int]) -> str:
+    return f"{rank[0]}" if rank[0] == rank[1] else f"{rank[0]}\u2013{rank[1]}"
+
+
+SWEEP_PLOTS: dict[str, Callable[[Sweep], Figure | None]] = {
+    draw.__name__: draw
+    for draw in (
+        accuracy_over_macs,
+        accuracy_over_latency,
+        accuracy_over_params,
+        ranks,
+        accuracy_lost_per_class,
+        filters_kept_per_layer,
+        selection_overlap,
+        scoring_cost_over_accuracy,
+    )
+}
