@@ -70,12 +70,15 @@ def label_column(axes: Axes, labels: Sequence[tuple[float, float, str, str]], x:
     low, high = axes.get_ylim()
     gap = min(11 * point, (high - low - 12 * point) / max(len(labels) - 1, 1))
     heights = _spread([y for _, y, _, _ in labels], gap)
-    heights = [height - min(0, min(heights) - low - 6 * point) for height in heights]
-    heights = [height - max(0, max(heights) - high + 6 * point) for height in heights]
+    order, last = sorted(range(len(labels)), key=heights.__getitem__), len(labels) - 1
+    for rank, index in enumerate(order):
+        heights[index] = max(heights[index], low + 6 * point + rank * gap)
+        heights[index] = min(heights[index], high - 6 * point - (last - rank) * gap)
     for (place, y, text, colour), height in zip(labels, heights, strict=True):
         axes.annotate(
             text, (place, y), (x, height), color=colour, ha=side, va="center", size=8, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 1, "shrinkB": 3,
+                        "relpos": ({"right": 1, "left": 0}[side], 0.5)},
         )  # fmt: skip
 
 

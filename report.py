@@ -12,15 +12,14 @@ from pathlib import Path
 from disk import write_whole
 from errors import BenchmarkError
 from records import Record, read_records, write_csv
+from runs import RECORDS, Sweep, read_sweep
 from tables import table
 
 log = logging.getLogger(__name__)
 
-RECORDS = "records.jsonl"
-
 
 def write_report(run_dir: str | Path) -> list[Path]:
-    """Write results.csv and plots/*.png and *.pdf from the records in `run_dir`; returns what was written.
+    """Write results.csv, plots/*.png and *.pdf and report.html from the records in `run_dir`; returns what was written.
 
     Raises BenchmarkError for a folder without records. Plots show the last run of the file; a plot for which there are
     no records yet is left out with a warning.
@@ -39,23 +38,70 @@ def _write(run_dir: Path, records: list[Record]) -> list[Path]:
     last = [record for record in records if record.run_id == records[-1].run_id]
     if older := len({record.run_id for record in records}) - 1:
         log.warning("%s: %d earlier runs are in results.csv, but not in the plots", run_dir / RECORDS, older)
+    pictures = {}
     for name, draw in PLOTS.items():
         figure = draw(last)
         if figure is None:
             log.warning("plot %s: left out, no pruned model was recorded", name)
             continue
-        for suffix, content in render(figure).items():
-            path = run_dir / "plots" / f"{name}.{suffix}"
-            write_whole(path, content)
-            written.append(path)
-    return written
+        written += _keep_plot(run_dir, name, render(figure), pictures)
+    return [*written, _write_page(run_dir, read_sweep(run_dir), pictures)]
+
+
+def _keep_plot(folder: Path, name: str, files: dict[str, bytes], pictures: dict[str, bytes]) -> list[Path]:
+    pictures[name] = files["png"]
+    for suffix, content in files.items():
+        write_whole(folder / "plots" / f"{name}.{suffix}", content)
+    return [folder / "plots" / f"{name}.{suffix}" for suffix in files]
+
+
+def _write_page(folder: Path, sweep: Sweep, pictures: dict[str, bytes]) -> Path:
+    from page import page
+
+    first = sweep.records[0]
+    what = "Pruning" if len(sweep.runs) > 1 else first.variant
+    datasets, models = (sorted({getattr(r, key) for r in sweep.records}) for key in ("dataset", "model"))
+    title = f"{what}: {', '.join(models)} on {', '.join(datasets)}"
+    write_whole(folder / "report.html", page(sweep, pictures, title))
+    return folder / "report.html"
+
+
+def write_sweep_report(root: str | Path) -> list[Path]:
+    """Compare the runs below `root`: results.csv, comparison.md, plots/ and report.html; returns what was written.
+
+    Works on a sweep that is half done, and says what is missing. Raises BenchmarkError for a folder without records.
+    """
+    return _write_sweep(read_sweep(root))
+
+
+def _write_sweep(sweep: Sweep) -> list[Path]:
+    from comparison_table import markdown, tidy_csv
+    from plot_style import render
+    from sweep_plots import SWEEP_PLOTS
+
+    root = sweep.root
+    write_whole(root / "results.csv", tidy_csv(sweep))
+    write_whole(root / "comparison.md", markdown(sweep))
+    written, pictures = [root / "results.csv", root / "comparison.md"], {}
+    for name, draw in SWEEP_PLOTS.items():
+        figure = draw(sweep)
+        if figure is not None:
+            written += _keep_plot(root, name, render(figure), pictures)
+    return [*written, _write_page(root, sweep, pictures)]
+
+
+def _told(sweep: Sweep) -> list[str]:
+    """The comparison in words, and what is missing, for the console."""
+    from comparison_table import words
+
+    missing = [f"missing: {problem}" for problem in sweep.problems]
+    return [f"{len(sweep.runs)} runs, {len(sweep.records)} records", *words(sweep), *missing]
 
 
 def _records_of(run_dir: Path) -> list[Record]:
     path = run_dir / RECORDS
     if not path.is_file():
-        inside = sorted(str(found.parent) for found in run_dir.glob(f"**/{RECORDS}"))[:3] if run_dir.is_dir() else []
-        hint = f"did you mean {' or '.join(inside)}" if inside else "give the directory of a run, as outputs/DATE/TIME"
+        hint = "give the directory of a run, as outputs/DATE/TIME, or of a sweep, as multirun/DATE/TIME"
         raise BenchmarkError(f"{run_dir}: no {RECORDS} in it; {hint}")
     records = read_records(path)
     if not records:
@@ -65,13 +111,18 @@ def _records_of(run_dir: Path) -> list[Record]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help=f"directory of a run, with its {RECORDS}")
-    run_dir = parser.parse_args(arguments).run_dir
+    parser.add_argument("dir", type=Path, help=f"directory of a run, with its {RECORDS}, or of a sweep")
+    run_dir = parser.parse_args(arguments).dir
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        records = _records_of(run_dir)
-        print(table(records))
-        written = _write(run_dir, records)
+        if (run_dir / RECORDS).is_file() or not run_dir.is_dir():
+            records = _records_of(run_dir)
+            print(table(records))
+            written = _write(run_dir, records)
+        else:
+            sweep = read_sweep(run_dir)
+            print("\n".join(_told(sweep)))
+            written = _write_sweep(sweep)
     except BenchmarkError as error:
         print(error, file=sys.stderr)
         return 1
