@@ -26,6 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -84,6 +85,15 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
         print(message, file=sys.stderr)
         return 1
     return 1 if failures else 0
+
+
+class SweepReport(Callback):
+    """Compares the runs of a sweep once they are through; config/config.yaml names it."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        import report
+
+        report.main([config.hydra.sweep.dir])
 
 
 @contextmanager
