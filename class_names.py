@@ -46,6 +46,13 @@ IMAGENETTE_WNIDS = (
     "n03445777", "n03888257",
 )  # fmt: skip
 
+# Ten classes of ImageNet that look alike, ships and boats, and ten that do not, from daisies to web sites:
+# github.com/hpides/ClassAwarePruning, README, "Data Subsets".
+IMAGENET_SUBSETS = {
+    "similar": (472, 484, 554, 576, 625, 628, 724, 780, 814, 871),
+    "distinct": (51, 107, 145, 398, 483, 812, 916, 924, 970, 985),
+}
+
 FACTS = {
     "digits": DIGITS,
     "fashion_mnist": FASHION_MNIST,

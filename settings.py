@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from class_names import class_names, resolve_classes
+from class_names import IMAGENET_SUBSETS, class_names, resolve_classes
 from errors import ConfigError
 from schema import Matches, Within, assemble, convert, flatten, kind_of_default, leaves, listed, show, unknown_key
 from subsets import random_subset
@@ -179,6 +179,8 @@ def _classes(settings: Settings) -> tuple[int, ...]:
     rule, size, known = settings.subset.rule, settings.subset.size, len(settings.class_names)
     if rule == "given":
         return resolve_classes(settings.selected_classes, settings.dataset)
+    if settings.dataset.name == "imagenet" and rule in IMAGENET_SUBSETS and known == IMAGENET_CLASSES:
+        return IMAGENET_SUBSETS[rule]
     least = 1 if rule == "random" else 2
     if not least <= size <= known:
         raise ConfigError(f"subset.size: {size}; subset.rule={rule} takes {least} to {known} of the {known} classes")

@@ -1,14 +1,17 @@
 """Whatever `check` refuses on a command line is in test_command_line.py; here is what it makes of what it accepts."""
 
 import dataclasses
+import itertools
 
 import hydra
 import pytest
 from omegaconf import OmegaConf
 
 import settings
+from environment import config_hash
 from errors import ConfigError
 from settings import CONFIG_DIR, Settings, check
+from subsets import random_subset
 
 
 def checked(*overrides: str) -> Settings:
@@ -149,3 +152,75 @@ def test_only_a_method_that_matches_takes_null():
 def test_a_home_folder_is_followed(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert checked("cache_dir='~/cache'").cache_dir == str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("rule", ["similar", "distinct"])
+def test_of_imagenet_the_published_classes_are_taken(rule, tmp_path):
+    names = checked("dataset=imagenet", f"dataset.root={tmp_path}", f"subset={rule}", "pruning.target=null")
+    chosen = [names.class_names[index] for index in names.selected_classes]
+    known = {"similar": ("gondola", "trimaran", "canoe"), "distinct": ("jellyfish", "king_penguin", "triceratops")}
+    assert len(chosen) == 10 and all(
+        any(word in name.lower().replace(" ", "_") for name in chosen) for word in known[rule]
+    )
+
+
+def test_classes_by_rule_are_known_as_far_as_they_can_be():
+    assert checked("subset=random", "subset.size=4").selected_classes == random_subset(10, 4, 0)
+    assert checked("subset=random", "subset.seed=1").selected_classes != checked("subset=random").selected_classes
+    assert checked("subset=similar").selected_classes == ()
+    assert checked().selected_classes == (3, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["subset=random", "subset.size=11"], "subset.size: 11; subset.rule=random takes 1 to 10 of the 10 classes"),
+        (["subset=similar", "subset.size=1"], "subset.size: 1; subset.rule=similar takes 2 to 10 of the 10 classes"),
+        (["subset.rule=alike"], 'subset.rule: "alike"; must be one of given, random, similar, distinct'),
+        (["pruning.match=macs"], 'pruning.match: "macs"; needs pruning.target as well'),
+        (["pruning.target=[0.5]"], r"pruning.target: \[0.5\]; needs pruning.match as well"),
+        (["pruning.match=flops", "pruning.target=[0.5]"], "pruning.match: .* one of macs, params, filters, latency"),
+        (
+            ["pruning.match=macs", "pruning.target=[0]"],
+            r"pruning.target: \[0\]; must be a list of one or more, each a number above 0 and below 1",
+        ),
+        (["pruning.match=macs", "pruning.target=[0.5,0.5]"], "pruning.target: 0.5 in .* once"),
+        (["subset=random", "num_pruning_samples=2"], "num_pruning_samples: 2; must be at least 3"),
+    ],
+)
+def test_budgets_and_subsets_that_cannot_be_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        checked(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "variant"),
+    [
+        ([], "ocap"),
+        (["pruning=torchpruner", "pruning.attribution=apoz"], "torchpruner attribution=apoz"),
+        (["pruning=lrp", "pruning.scoring_classes=all"], "lrp scoring_classes=all"),
+        (["pruning=ln_structured", "pruning.pruning_scope=global"], "ln_structured pruning_scope=global"),
+        (["pruning=matched_random"], "matched_random"),
+        (["pruning=matched_random", "pruning.matched_method=lrp"], "matched_random matched_method=lrp"),
+        (["pruning.match=macs", "pruning.target=[0.5]", "pruning.min_filters=2"], "ocap"),
+    ],
+)
+def test_a_variant_is_the_method_and_what_is_set_otherwise(given, variant):
+    assert checked(*given).variant == variant
+
+
+def jobs_of(experiment: str) -> list[list[str]]:
+    """The overrides of every job of an experiment."""
+    params = OmegaConf.load(CONFIG_DIR / "experiment" / f"{experiment}.yaml").hydra.sweeper.params
+    axes = [[f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()]
+    return [list(job) for job in itertools.product(*axes)]
+
+
+@pytest.mark.parametrize("experiment", names_in("experiment"))
+def test_the_jobs_of_every_experiment_can_run(experiment, tmp_path):
+    """The last and about ten others, spread over all."""
+    given = [f"dataset.root={tmp_path}"] if "original" in experiment else []
+    jobs = jobs_of(experiment)
+    jobs = [*jobs[: -1 : len(jobs) // 10 + 1], jobs[-1]]
+    settings = [checked(f"+experiment={experiment}", *job, *given) for job in jobs]
+    assert len({config_hash(one) for one in settings}) == len(jobs)
