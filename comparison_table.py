@@ -89,9 +89,9 @@ def words(sweep: Sweep) -> list[str]:
 def sentence(records: Sequence[Record], setting: Setting) -> str:
     rows = standings(records, setting)
     if not rows:
-        return f"{_capital(str(setting))}: no variant met this target."
+        return f"{setting}: no variant met this target."
     best, blocks = rows[0], rows[0].accuracy.n
-    text = f"{_capital(str(setting))}: {best.variant} keeps most, {estimate(best.accuracy)} % on the selected classes"
+    text = f"{setting}: {best.variant} keeps most, {estimate(best.accuracy)} % on the selected classes"
     if len(rows) == 1:
         return text + "; there is no other to compare it with."
     if blocks < FEWEST_BLOCKS:
@@ -120,10 +120,6 @@ def _area_words(sweep: Sweep) -> list[str]:
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def tidy(sweep: Sweep) -> tuple[list[str], list[list]]:

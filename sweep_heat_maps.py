@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from math import nan
 from statistics import fmean
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from comparison import BUDGETS, met
@@ -17,11 +18,11 @@ from runs import Run, Sweep, block_of
 
 
 def middle_level(sweep: Sweep) -> tuple[str | None, float] | None:
-    """The budget and target, or the ratio, in the middle of those of the sweep."""
-    levels = {
-        (r.match, r.ratio if r.target is None else r.target) for r in sweep.records if r.stage == "pruned" and r.ratio
-    }
-    return sorted(levels, key=lambda level: (level[0] or "", level[1]))[(len(levels) - 1) // 2] if levels else None
+    """The budget and target, or the ratio, in the middle of those that most of the sweep has."""
+    pruned = [record for record in sweep.records if record.stage == "pruned" and record.ratio]
+    counts = Counter((r.match, r.ratio if r.target is None else r.target) for r in pruned)
+    usual = [level for level, count in counts.items() if 2 * count >= max(counts.values())]
+    return sorted(usual, key=lambda level: (level[0] or "", level[1]))[(len(usual) - 1) // 2] if usual else None
 
 
 def _said(level: tuple[str | None, float]) -> str:
@@ -63,7 +64,7 @@ def accuracy_lost_per_class(sweep: Sweep) -> Figure | None:
         for (dataset, model, names), values, panel in zip(panels, means, axes, strict=True):
             texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
             draw_heat_map(panel, _with_gaps(values), texts, 0, highest)
-            panel.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+            _name_columns(panel, names)
             panel.set_title(f"{dataset}, {model}")
         _title(figure, f"Points of accuracy that each class loses, {_said(middle_level(sweep))}")
     return figure
@@ -92,7 +93,7 @@ def filters_kept_per_layer(sweep: Sweep) -> Figure | None:
         figure, (axes,) = heat_maps([len(variants)], pruned, cell_width=0.42)
         texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
         draw_heat_map(axes, _with_gaps(values), texts, 0, 100)
-        axes.set_xticks(range(len(variants)), variants, rotation=45, ha="right", rotation_mode="anchor")
+        _name_columns(axes, variants)
         axes.set_title(f"{dataset}, {model}; layers that no variant prunes are left out")
         _title(figure, f"Filters kept in each layer (%), {_said(middle_level(sweep))}")
     return figure
@@ -118,7 +119,7 @@ def selection_overlap(sweep: Sweep) -> Figure | None:
         figure, (axes,) = heat_maps([len(variants)], variants, cell_width=0.42)
         texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
         draw_heat_map(axes, _with_gaps(values), texts, 0, 100)
-        axes.set_xticks(range(len(variants)), variants, rotation=45, ha="right", rotation_mode="anchor")
+        _name_columns(axes, variants)
         axes.set_title("100: the same filters; beside random: what chance shares")
         _title(figure, f"How alike the selections are (%), {_said(middle_level(sweep))}")
     return figure
@@ -126,6 +127,14 @@ def selection_overlap(sweep: Sweep) -> Figure | None:
 
 def _mean(values: list[float]) -> float | None:
     return fmean(values) if values else None
+
+
+def _name_columns(axes: Axes, names: list[str]) -> None:
+    """Slanted names below the columns, and room for them."""
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    figure, letters = axes.figure, max(map(len, names))
+    figure.set_figheight(max(figure.get_figheight(), 0.19 * len(axes.get_yticks()) + 1.0 + 0.06 * letters))
+    figure.set_figwidth(max(figure.get_figwidth(), 0.42 * len(names) + 0.13 * letters))
 
 
 def _with_gaps(values: list[list[float | None]]) -> list[list[float]]:

@@ -6,7 +6,7 @@ Each function takes a sweep and returns a figure, or None where the records hold
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from math import ceil, floor, log10
 
@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from comparison import STAGES, Resampling, Setting, met, settings_of, standings
+from comparison import STAGES, Resampling, Setting, met, setting_of, settings_of, standings
 from plot_labels import label_column
 from plot_style import INK, PALE, STYLE, variant_style
 from records import Record
@@ -126,8 +126,13 @@ def _means(records: Sequence[Record], place: Place) -> dict[str, list[tuple]]:
 def middle_setting(records: Sequence[Record], dataset: str, model: str) -> Setting | None:
     """The comparison shown where there is room for one: the last stage, at the target in the middle."""
     stages = [stage for stage in stages_of(records) if stage != "scratch"]
-    settings = [s for s in settings_of(records) if (s.dataset, s.model) == (dataset, model) and s.stage in stages[-1:]]
-    return settings[(len(settings) - 1) // 2] if settings else None
+    counts = Counter(
+        setting
+        for record in records
+        if (setting := setting_of(record)) and (setting.dataset, setting.model) == (dataset, model)
+    )
+    usual = sorted(s for s in counts if s.stage in stages[-1:] and 2 * counts[s] >= max(counts.values()))
+    return usual[(len(usual) - 1) // 2] if usual else None
 
 
 def scoring_cost_over_accuracy(sweep: Sweep) -> Figure | None:

@@ -5,14 +5,23 @@ import re
 from pathlib import Path
 
 from benchmarks.selection import cases, label_of, markdown
+from comparison import standings
+from comparison_table import COLUMNS, cells, notes, words
 from filter_selection import REGISTRY
+from runs import read_sweep
+from sweep_plots import middle_setting
 from tests.readme import between, put
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 COSTS = ROOT / "docs" / "selection_cost.csv"
 WIDTHS = ROOT / "docs" / "onnx_widths.csv"  # of the records that the command beside the table makes
-COST_TABLE, WIDTH_TABLE = "cost of scoring", "latency by widths"  # `python -m tests.test_readme` puts both in
+RESULTS = ROOT / "results"
+COST_TABLE, WIDTH_TABLE, RESULT_TABLES = (
+    "cost of scoring",
+    "latency by widths",
+    "results",
+)  # `python -m tests.test_readme` puts both in
 
 
 def test_its_pictures_exist():
@@ -61,6 +70,36 @@ def test_it_quotes_the_measured_latency_by_widths():
     assert width_table().count("\n") == 6
 
 
+def result_tables() -> str:
+    """Of each sweep in results/: its plot, what its figures say in words, and the table at the middle target."""
+    parts = []
+    for root in sorted(path.parent for path in RESULTS.glob("*/comparison.md")):
+        sweep = read_sweep(root)
+        first = sweep.records[0]
+        setting = middle_setting(sweep.records, first.dataset, first.model)
+        rows = standings(sweep.records, setting)
+        table = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
+        parts += [
+            f"### {first.model} on {first.dataset}",
+            f"![{first.model} on {first.dataset}](results/{root.name}/plots/accuracy_over_macs.png)",
+            "\n".join(f"- {text}" for text in words(sweep)),
+            f"{setting}:",
+            "\n".join(f"| {' | '.join(line)} |" for line in table),
+            " ".join(notes(sweep.records, setting, rows)),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def test_it_quotes_the_results():
+    assert between(RESULT_TABLES) == result_tables()
+
+
+def test_it_lists_every_experiment():
+    names = {path.stem for path in (ROOT / "config" / "experiment").glob("*.yaml")}
+    assert names and not {name for name in names if f"`{name}`" not in README}
+
+
 if __name__ == "__main__":
-    for name, table in ((COST_TABLE, markdown(COSTS)), (WIDTH_TABLE, width_table())):
+    tables = {COST_TABLE: markdown(COSTS), WIDTH_TABLE: width_table(), RESULT_TABLES: result_tables()}
+    for name, table in tables.items():
         (ROOT / "README.md").write_text(put(name, table))

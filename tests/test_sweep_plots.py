@@ -1,0 +1,113 @@
+"""What the plots of a sweep hold, against figures worked out another way; that they are drawn for few and for many."""
+
+from collections import defaultdict
+from statistics import fmean
+
+import numpy as np
+import pytest
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from omegaconf import OmegaConf
+
+from filter_selection import REGISTRY
+from plot_style import STYLE, render, variant_style
+from runs import read_sweep
+from settings import CONFIG_DIR
+from sweep_heat_maps import middle_level
+from sweep_plots import SWEEP_PLOTS, accuracy_over_macs, middle_setting, ranks, selection_overlap
+from tests.sample_sweeps import LEVELS, run_of, write_run, write_sweep
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return read_sweep(write_sweep(tmp_path_factory.mktemp("sweep")))
+
+
+def test_lines_hold_the_means_at_each_target(sweep):
+    figure = accuracy_over_macs(sweep)
+    for axes, stage in zip(figure.axes, ("pruned", "retrained"), strict=True):
+        drawn = {line.get_label(): line.get_xydata() for line in axes.lines}
+        assert set(drawn) == set(LEVELS)
+        for variant, points in drawn.items():
+            groups = defaultdict(list)
+            for r in sweep.records:
+                if (r.variant, r.stage) == (variant, stage):
+                    groups[r.target].append((100 * r.macs_ratio, 100 * r.accuracy))
+            expected = sorted((fmean(x for x, _ in row), fmean(y for _, y in row)) for row in groups.values())
+            assert points == pytest.approx(np.array(expected))
+
+
+@pytest.mark.parametrize("name", SWEEP_PLOTS)
+@pytest.mark.parametrize(
+    ("variants", "options"),
+    [
+        (("ocap",), {"subsets": 1, "seeds": 1}),
+        (("ocap scoring_classes=complement activation_func=identity", "random"), {"subsets": 2, "seeds": 1}),
+        (sorted(REGISTRY), {"subsets": 2, "seeds": 3, "targets": (0.2, 0.4, 0.6)}),
+    ],
+)
+def test_plots_are_drawn_for_few_and_for_many_without_a_word(name, variants, options, tmp_path, caplog):
+    root = write_sweep(tmp_path / "one", variants, **options)
+    for model in ("vgg16", "resnet18"):
+        write_run(tmp_path / "one" / f"other {model}", run_of(variants[0], (1, 2), 9, model=model, dataset="$gtsrb_"))
+    figure = SWEEP_PLOTS[name](read_sweep(root))
+    if figure is None:
+        assert len(variants) == 1 and name in ("ranks", "selection_overlap")
+        return
+    files = render(figure)
+    assert files["png"].startswith(b"\x89PNG") and files["pdf"].startswith(b"%PDF") and not caplog.records
+
+
+def test_names_of_lines_do_not_overlap(tmp_path):
+    """All lines end at one point, the worst case."""
+    sweep = read_sweep(write_sweep(tmp_path, sorted(REGISTRY), subsets=1, seeds=1, level=0.5))
+    with rc_context(STYLE):
+        figure = accuracy_over_macs(sweep)
+        figure.draw_without_rendering()
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        for axes in figure.axes:
+            boxes = [text.get_window_extent(renderer) for text in axes.texts]
+            assert len(boxes) == len(REGISTRY)
+            bottoms = sorted((box.y0, box.y1) for box in boxes)
+            assert all(lower[1] < upper[0] + 2 for lower, upper in zip(bottoms, bottoms[1:], strict=False))
+            assert bottoms[0][0] > axes.get_window_extent().y0 - 2
+
+
+def test_no_two_methods_look_alike_and_each_looks_the_same_everywhere():
+    methods = [path.stem for path in (CONFIG_DIR / "pruning").glob("*.yaml")]
+    looks = {tuple(variant_style(method).values()) for method in methods}
+    assert len(looks) == len(methods) == len(REGISTRY) and OmegaConf
+    changed = variant_style("ocap scoring_classes=all")
+    assert changed == variant_style("ocap scoring_classes=all") and changed["color"] == variant_style("ocap")["color"]
+    assert changed["linestyle"] != "-" != variant_style("ocap scoring_classes=complement")["linestyle"]
+
+
+def test_overlap_of_selections_is_the_mean_jaccard_index(sweep):
+    figure = selection_overlap(sweep)
+    cells = [text.get_text() for text in figure.axes[0].texts]
+    variants = sorted(LEVELS)
+    target = middle_level(sweep)[1]
+    chosen = {}
+    for run in sweep.runs:
+        (ratio,) = [r.ratio for r in run.records if r.stage == "pruned" and r.target == target]
+        pairs = {(layer, i) for layer, filters in run.selections[ratio].items() for i in filters}
+        chosen[run.records[0].variant, run.records[0].selected_classes, run.records[0].seed] = pairs
+    blocks = sorted({key[1:] for key in chosen})
+    for row, one in enumerate(variants):
+        for column, other in enumerate(variants):
+            shares = [
+                len(chosen[one, *b] & chosen[other, *b]) / len(chosen[one, *b] | chosen[other, *b]) for b in blocks
+            ]
+            assert cells[row * len(variants) + column] == f"{100 * fmean(shares):.0f}"
+
+
+def test_ranks_are_drawn_best_on_top(sweep):
+    axes = ranks(sweep).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ocap", "ln_structured", "random"]
+    assert axes.yaxis_inverted()
+
+
+def test_the_middle_setting_is_after_retraining(sweep):
+    setting = middle_setting(sweep.records, "digits", "resnet18")
+    assert (setting.stage, setting.level) == ("retrained", 0.3)
+    assert middle_setting(sweep.records, "digits", "vgg16") is None
