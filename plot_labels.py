@@ -68,7 +68,7 @@ def label_column(axes: Axes, labels: Sequence[tuple[float, float, str, str]], x:
     """
     point = _points_high(axes)
     low, high = axes.get_ylim()
-    gap = min(11 * point, (high - low - 12 * point) / max(len(labels) - 1, 1))
+    gap = min(12 * point, (high - low - 12 * point) / max(len(labels) - 1, 1))
     heights = _spread([y for _, y, _, _ in labels], gap)
     order, last = sorted(range(len(labels)), key=heights.__getitem__), len(labels) - 1
     for rank, index in enumerate(order):
