@@ -22,6 +22,7 @@ from runs import Sweep, block_of
 from sweep_heat_maps import accuracy_lost_per_class, filters_kept_per_layer, selection_overlap
 from tables import headline
 
+BANDS = 4  # lines; of more, the intervals are bars beside the points
 Place = Callable[[Record], float | None]
 
 
@@ -81,12 +82,16 @@ def _curves(sweep: Sweep, place: Place, label: str, what: str) -> Figure | None:
 def _draw_curves(axes: Axes, records: Sequence[Record], place: Place) -> list[tuple[float, float, str, str]]:
     """Draws a line a variant; returns the names for their ends: x, y, text, colour."""
     labels = []
-    for variant, points in sorted(_means(records, place).items()):
+    lines = _means(records, place)
+    for number, (variant, points) in enumerate(sorted(lines.items())):
         x, y, low, high = zip(*points, strict=True)
         style = variant_style(variant)
         axes.plot(x, y, markersize=4, linewidth=1.4, clip_on=False, label=variant, **style)
-        if None not in low:
+        if None not in low and len(lines) <= BANDS:
             axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        elif None not in low:  # so many bands would be one
+            beside = [place + 0.55 * (number - (len(lines) - 1) / 2) for place in x[:-1]]
+            axes.vlines(beside, low[:-1], high[:-1], color=style["color"], alpha=0.55, linewidth=0.8)
         labels.append((x[0], y[0], variant, style["color"]))
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=PALE, linewidth=0.6)
