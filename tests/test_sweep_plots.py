@@ -43,7 +43,7 @@ def test_lines_hold_the_means_at_each_target(sweep):
     [
         (("ocap",), {"subsets": 1, "seeds": 1}),
         (("ocap scoring_classes=complement activation_func=identity", "random"), {"subsets": 2, "seeds": 1}),
-        (sorted(REGISTRY), {"subsets": 2, "seeds": 3, "targets": (0.2, 0.4, 0.6)}),
+        (sorted(REGISTRY), {"subsets": 1, "seeds": 5}),
     ],
 )
 def test_plots_are_drawn_for_few_and_for_many_without_a_word(name, variants, options, tmp_path, caplog):
