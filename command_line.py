@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -93,7 +94,8 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         import report
 
-        report.main([config.hydra.sweep.dir])
+        if any(Path(config.hydra.sweep.dir).glob(f"*/**/{report.RECORDS}")):  # else every job has said why it failed
+            report.main([config.hydra.sweep.dir])
 
 
 @contextmanager
