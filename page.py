@@ -23,6 +23,7 @@ CAPTIONS = {
     "accuracy_lost_per_class": "Against the network that only lost its other logits, in the same stage.",
     "filters_kept_per_layer": "Where each variant takes its filters.",
     "selection_overlap": "Jaccard index of the filters removed for the same classes and seed.",
+    "selection_stability": "Jaccard index of selections after other draws of as many images; large draws share images.",
     "scoring_cost_over_accuracy": "Time of the one scoring pass that serves every ratio.",
 }
 # Of the table of all results: title, text, and whether it has a choice of its own.

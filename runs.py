@@ -6,7 +6,7 @@ import json
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,15 @@ class Sweep:
 def read_sweep(root: str | Path) -> Sweep:
     """Read every records.jsonl in and below `root`.
 
-    Of several runs of one configuration the last counts. Raises BenchmarkError where there is not one whole record.
+    Of several runs of one configuration the last counts. Where runs of one variant, classes and seed differ in another
+    setting, what their command lines say of it becomes part of the variant's name.
+
+    Raises BenchmarkError where there is not one whole record.
     """
     root = Path(root)
     problems: list[str] = []
     found = [_read_run(root, path.parent, problems) for path in sorted(root.glob(f"**/{RECORDS}"), key=_by_number)]
-    runs = _without_duplicates([run for run in found if run.records], problems)
+    runs = _set_apart(_without_duplicates([run for run in found if run.records], problems), problems)
     if not runs:
         told = "".join(f"\n  {problem}" for problem in problems)
         raise BenchmarkError(
@@ -137,6 +140,57 @@ def _without_duplicates(runs: Sequence[Run], problems: list[str]) -> list[Run]:
         kept.append(last)
         problems += [f"{run.name}: same configuration as {last.name}, left out" for run in alike if run is not last]
     return sorted(kept, key=lambda run: runs.index(run))
+
+
+# What is no part of a variant: where things go, what is measured, and what says which block or target it is.
+_NO_SETTING = {"cache_dir", "hydra", "latency", "log_results", "pruning.pruning_ratio", "pruning.target", "run_name",
+               "sampling_seed", "save_pruned_models", "seed", "selected_classes", "subset", "wandb"}  # fmt: skip
+
+
+def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
+    """No two runs in one place of the comparison: they are told apart by settings, or all but the last are left out."""
+    varied: dict[tuple, set[str]] = defaultdict(set)
+    for place, alike in _places(runs).items():
+        told = [_told(run) for run in alike]
+        for key in set().union(*told):
+            if len({settings.get(key) for settings in told}) > 1:
+                varied[place[:3]].add(key)
+    named = []
+    for run in runs:
+        first, told = run.records[0], _told(run)
+        keys = sorted(varied[first.dataset, first.model, first.variant] & told.keys())
+        variant = " ".join([first.variant, *(f"{key}={told[key]}" for key in keys)])
+        named.append(replace(run, records=tuple(replace(record, variant=variant) for record in run.records)))
+    lost = {}
+    for place, alike in _places(named).items():
+        last = max(alike, key=lambda run: run.records[0].run_id)
+        lost |= {
+            run.name: f"{place[2]} on the same classes and seed as {last.name}" for run in alike if run is not last
+        }
+    problems += [
+        f"{name}: {same}, and nothing that its command line says tells them apart, left out"
+        for name, same in lost.items()
+    ]
+    return [run for run in named if run.name not in lost]
+
+
+def _places(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
+    """Where the comparison puts the results of runs, as far as more than one are put there."""
+    found: dict[tuple, list[Run]] = defaultdict(list)
+    for run in runs:
+        for place in dict.fromkeys(
+            (r.dataset, r.model, r.variant, block_of(r), r.stage, r.match, r.ratio if r.target is None else r.target)
+            for r in run.records
+            if r.stage != "dense" and r.ratio > 0
+        ):
+            found[place].append(run)
+    return {place: alike for place, alike in found.items() if len(alike) > 1}
+
+
+def _told(run: Run) -> dict[str, str]:
+    """The settings on a run's command line, as far as they are of the result."""
+    pairs = (override.lstrip("+~").partition("=") for override in run.overrides or ())
+    return {key: value for key, _, value in pairs if not {key, key.partition(".")[0]} & _NO_SETTING}
 
 
 def block_of(record: Record) -> tuple[tuple[int, ...], int, int]:

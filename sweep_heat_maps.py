@@ -25,7 +25,7 @@ def middle_level(sweep: Sweep) -> tuple[str | None, float] | None:
     return sorted(usual, key=lambda level: (level[0] or "", level[1]))[(len(usual) - 1) // 2] if usual else None
 
 
-def _said(level: tuple[str | None, float]) -> str:
+def said(level: tuple[str | None, float]) -> str:
     match, share = level
     return f"{100 * share:g} % of {BUDGETS[match]} removed" if match else f"ratio {share:g}"
 
@@ -66,7 +66,7 @@ def accuracy_lost_per_class(sweep: Sweep) -> Figure | None:
             draw_heat_map(panel, _with_gaps(values), texts, 0, highest)
             _name_columns(panel, names)
             panel.set_title(f"{dataset}, {model}")
-        _title(figure, f"Points of accuracy that each class loses, {_said(middle_level(sweep))}")
+        _title(figure, f"Points of accuracy that each class loses, {said(middle_level(sweep))}")
     return figure
 
 
@@ -95,24 +95,34 @@ def filters_kept_per_layer(sweep: Sweep) -> Figure | None:
         draw_heat_map(axes, _with_gaps(values), texts, 0, 100)
         _name_columns(axes, variants)
         axes.set_title(f"{dataset}, {model}; layers that no variant prunes are left out")
-        _title(figure, f"Filters kept in each layer (%), {_said(middle_level(sweep))}")
+        _title(figure, f"Filters kept in each layer (%), {said(middle_level(sweep))}")
     return figure
+
+
+def selected(sweep: Sweep) -> Iterator[tuple[Record, set[tuple[str, int]]]]:
+    """The records at the middle level, and the filters that were chosen, as layer and index."""
+    for run, record in _at(sweep, ("pruned",)):
+        if record.ratio in run.selections:
+            yield record, {(layer, i) for layer, rows in run.selections[record.ratio].items() for i in rows}
+
+
+def jaccard(one: set, other: set) -> float:
+    """What two sets share, in % of what they hold together."""
+    return 100 * len(one & other) / len(one | other)
 
 
 def selection_overlap(sweep: Sweep) -> Figure | None:
     """Filters that two variants both remove, in % of those that either does (Jaccard index), a mean over the blocks."""
     chosen: dict[tuple, dict[str, set]] = defaultdict(dict)
-    for run, record in _at(sweep, ("pruned",)):
-        if record.ratio in run.selections:
-            filters = {(layer, i) for layer, rows in run.selections[record.ratio].items() for i in rows}
-            chosen[record.dataset, record.model, block_of(record)][record.variant] = filters
+    for record, filters in selected(sweep):
+        chosen[record.dataset, record.model, block_of(record)][record.variant] = filters
     variants = sorted({variant for row in chosen.values() for variant in row})
     if len(variants) < 2:
         return None
 
     def overlap(one: str, other: str) -> float | None:
         both = [(row[one], row[other]) for row in chosen.values() if one in row and other in row]
-        return _mean([100 * len(a & b) / len(a | b) for a, b in both if a | b])
+        return _mean([jaccard(a, b) for a, b in both if a | b])
 
     values = [[overlap(one, other) for other in variants] for one in variants]
     with rc_context(STYLE):
@@ -121,7 +131,7 @@ def selection_overlap(sweep: Sweep) -> Figure | None:
         draw_heat_map(axes, _with_gaps(values), texts, 0, 100)
         _name_columns(axes, variants)
         axes.set_title("100: the same filters; beside random: what chance shares")
-        _title(figure, f"How alike the selections are (%), {_said(middle_level(sweep))}")
+        _title(figure, f"How alike the selections are (%), {said(middle_level(sweep))}")
     return figure
 
 

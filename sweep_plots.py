@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from math import ceil, floor, log10
+from statistics import fmean
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -19,7 +21,15 @@ from plot_labels import label_column
 from plot_style import INK, PALE, STYLE, variant_style
 from records import Record
 from runs import Sweep, block_of
-from sweep_heat_maps import accuracy_lost_per_class, filters_kept_per_layer, selection_overlap
+from sweep_heat_maps import (
+    accuracy_lost_per_class,
+    filters_kept_per_layer,
+    jaccard,
+    middle_level,
+    said,
+    selected,
+    selection_overlap,
+)
 from tables import headline
 
 BANDS = 4  # lines; of more, the intervals are bars beside the points
@@ -220,6 +230,50 @@ def ranks(sweep: Sweep) -> Figure | None:
     return figure
 
 
+def selection_stability(sweep: Sweep) -> Figure | None:
+    """How alike the filters are that one variant removes after other draws of as many scoring images (Jaccard index).
+
+    Drawn for sweeps over `num_pruning_samples` and `sampling_seed`. All else is equal in the pairs that are compared.
+    """
+    draws: dict[tuple, dict[int, set]] = defaultdict(dict)
+    for record, filters in selected(sweep):
+        name = " ".join(word for word in record.variant.split() if not word.startswith("num_pruning_samples="))
+        place = (record.dataset, record.model, name, record.num_pruning_samples, record.selected_classes, record.seed)
+        draws[place][record.sampling_seed] = filters
+    alike: dict[tuple, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for (dataset, model, name, images, *_), drawn in draws.items():
+        pairs = [jaccard(one, other) for one, other in combinations(drawn.values(), 2) if one | other]
+        if pairs:
+            alike[dataset, model][name][images] += pairs
+    alike = {
+        panel: {name: points for name, points in lines.items() if len(points) > 1} for panel, lines in alike.items()
+    }
+    panels = sorted(panel for panel, lines in alike.items() if lines)
+    if not panels:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.6 + 3.2 * len(panels)), layout="constrained")
+        for panel, axes in zip(panels, figure.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True):
+            labels, places = [], sorted({log10(images) for points in alike[panel].values() for images in points})
+            for name, points in sorted(alike[panel].items()):
+                images = sorted(points)
+                style, means = variant_style(name), [fmean(points[number]) for number in images]
+                axes.plot([log10(number) for number in images], means, markersize=4, linewidth=1.4, label=name, **style)
+                labels.append((log10(images[-1]), means[-1], name, style["color"]))
+            axes.set_ylim(0, 103)
+            span = places[-1] - places[0]
+            axes.set_xlim(places[0] - 0.04 * span, places[-1] + 0.35 * span)
+            label_column(axes, labels, places[-1] + 0.08 * span, "left")
+            axes.set_xticks(places, [f"{10**place:.0f}" for place in places])
+            axes.grid(axis="y", color=PALE, linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.set_title(f"{panel[0]}, {panel[1]}, {said(middle_level(sweep))}")
+            axes.set_ylabel("overlap of selections (%)")
+            axes.set_xlabel("scoring images in all (log scale)")
+        figure.suptitle("How much the filters depend on which images score them", x=0.01, ha="left")
+    return figure
+
+
 def _places(rank: tuple[int, int]) -> str:
     return f"{rank[0]}" if rank[0] == rank[1] else f"{rank[0]}\u2013{rank[1]}"
 
@@ -234,6 +288,7 @@ SWEEP_PLOTS: dict[str, Callable[[Sweep], Figure | None]] = {
         accuracy_lost_per_class,
         filters_kept_per_layer,
         selection_overlap,
+        selection_stability,
         scoring_cost_over_accuracy,
     )
 }

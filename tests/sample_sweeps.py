@@ -82,8 +82,8 @@ def records_of(*arguments, **options) -> list[Record]:
     return [record for _, records in grid(*arguments, **options) for record in records]
 
 
-def write_run(path: Path, records: Sequence[Record]) -> Path:
-    """The folder that a run would have left behind."""
+def write_run(path: Path, records: Sequence[Record], told: Sequence[str] = ()) -> Path:
+    """The folder that a run would have left behind; `told` stood on its command line as well."""
     (path / ".hydra").mkdir(parents=True)
     (path / "records.jsonl").write_text("".join(record.to_json() + "\n" for record in records))
     blocks = []
@@ -97,7 +97,8 @@ def write_run(path: Path, records: Sequence[Record]) -> Path:
             blocks.append({"ratio": row.ratio, "filters_removed": chosen})
     (path / "selections.json").write_text(json.dumps(blocks))
     (path / "environment.json").write_text(json.dumps({"cpu": "a processor", "python": "3.11", "hash": "e1"}))
-    (path / ".hydra" / "overrides.yaml").write_text(f"- pruning={records[0].method}\n- seed={records[0].seed}\n")
+    overrides = [f"pruning={records[0].method}", f"seed={records[0].seed}", *told]
+    (path / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
     return path
 
 

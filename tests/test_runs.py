@@ -1,6 +1,7 @@
 """What is whole is read, what is not is named."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -94,3 +95,36 @@ def test_a_folder_without_a_record_is_refused_with_what_was_found(tmp_path):
     (tmp_path / "0" / "records.jsonl").write_text('{"schema": 4, "run')
     with pytest.raises(BenchmarkError, match="0: records.jsonl, line 1: not read: cut short"):
         read_sweep(tmp_path)
+
+
+def changed(records, **fields):
+    """Another run, of other settings."""
+    return [
+        replace(record, run_id=f"{record.run_id} {fields}", config_hash=f"{fields}", **fields) for record in records
+    ]
+
+
+def test_runs_that_differ_in_a_setting_that_no_variant_tells_are_told_apart(tmp_path):
+    for seed in (0, 1):
+        for images in (3, 30):
+            told = [f"num_pruning_samples={images}", f"cache_dir=cache{images}", "+experiment=sample_sensitivity"]
+            records = changed(run_of("ocap", (1, 2), seed), num_pruning_samples=images)
+            write_run(tmp_path / f"{seed} {images}", records, told)
+        write_run(tmp_path / f"random {seed}", run_of("random", (1, 2), seed))
+    sweep = read_sweep(tmp_path)
+    assert sweep.problems == ()
+    found = {(record.variant, record.seed, record.num_pruning_samples) for record in sweep.records}
+    named = {(f"ocap num_pruning_samples={images}", seed, images) for seed in (0, 1) for images in (3, 30)}
+    assert found == named | {("random", seed, 30) for seed in (0, 1)}
+
+
+def test_runs_that_nothing_tells_apart_are_not_averaged_but_named(tmp_path):
+    one = run_of("ocap", (1, 2), 0)
+    write_run(tmp_path / "0", one, ["subset.seed=0"])
+    write_run(tmp_path / "1", changed(one, subset="similar"), ["subset.seed=4"])
+    sweep = read_sweep(tmp_path)
+    assert [run.name for run in sweep.runs] == ["1"]
+    assert sweep.problems == (
+        "0: ocap on the same classes and seed as 1, and nothing that its command line says tells them apart, left out",
+    )
+    assert {record.variant for record in sweep.records} == {"ocap"}

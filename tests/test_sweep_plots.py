@@ -1,6 +1,8 @@
 """What the plots of a sweep hold, against figures worked out another way; that they are drawn for few and for many."""
 
+import json
 from collections import defaultdict
+from dataclasses import replace
 from statistics import fmean
 
 import numpy as np
@@ -14,7 +16,7 @@ from plot_style import STYLE, render, variant_style
 from runs import read_sweep
 from settings import CONFIG_DIR
 from sweep_heat_maps import middle_level
-from sweep_plots import SWEEP_PLOTS, accuracy_over_macs, middle_setting, ranks, selection_overlap
+from sweep_plots import SWEEP_PLOTS, accuracy_over_macs, middle_setting, ranks, selection_overlap, selection_stability
 from tests.sample_sweeps import LEVELS, run_of, write_run, write_sweep
 
 
@@ -52,7 +54,7 @@ def test_plots_are_drawn_for_few_and_for_many_without_a_word(name, variants, opt
         write_run(tmp_path / "one" / f"other {model}", run_of(variants[0], (1, 2), 9, model=model, dataset="$gtsrb_"))
     figure = SWEEP_PLOTS[name](read_sweep(root))
     if figure is None:
-        assert len(variants) == 1 and name in ("ranks", "selection_overlap")
+        assert name == "selection_stability" or len(variants) == 1 and name in ("ranks", "selection_overlap")
         return
     files = render(figure)
     assert files["png"].startswith(b"\x89PNG") and files["pdf"].startswith(b"%PDF") and not caplog.records
@@ -111,3 +113,26 @@ def test_the_middle_setting_is_after_retraining(sweep):
     setting = middle_setting(sweep.records, "digits", "resnet18")
     assert (setting.stage, setting.level) == ("retrained", 0.3)
     assert middle_setting(sweep.records, "digits", "vgg16") is None
+
+
+def test_the_stability_of_selections_is_the_overlap_of_pairs_of_draws(tmp_path):
+    """Each selection is made by hand: of a layer's first ten filters, those from the draw's number on."""
+    for images, first in ((6, (0, 5)), (60, (0, 1))):
+        for draw, begin in enumerate(first):
+            records = [
+                replace(r, num_pruning_samples=images, sampling_seed=draw, config_hash=f"{images} {draw}")
+                for r in run_of("ocap", (1, 2), 0, targets=(0.3,))
+            ]
+            run = write_run(tmp_path / f"{images} {draw}", records, [f"num_pruning_samples={images}"])
+            ratio = records[-1].ratio
+            (run / "selections.json").write_text(
+                json.dumps([{"ratio": ratio, "filters_removed": {"layer": list(range(begin, 10))}}])
+            )
+    (axes,) = selection_stability(read_sweep(tmp_path)).axes
+    (line,) = axes.lines
+    assert line.get_label() == "ocap"
+    assert line.get_xydata() == pytest.approx(np.array([[np.log10(6), 50.0], [np.log10(60), 90.0]]))
+
+
+def test_the_stability_of_selections_takes_several_draws_and_numbers(sweep):
+    assert selection_stability(sweep) is None
