@@ -99,9 +99,8 @@ def test_a_folder_without_a_record_is_refused_with_what_was_found(tmp_path):
 
 def changed(records, **fields):
     """Another run, of other settings."""
-    return [
-        replace(record, run_id=f"{record.run_id} {fields}", config_hash=f"{fields}", **fields) for record in records
-    ]
+    identity = {key: f"{getattr(records[0], key)} {fields}" for key in ("run_id", "config_hash")}
+    return [replace(record, **identity, **fields) for record in records]
 
 
 def test_runs_that_differ_in_a_setting_that_no_variant_tells_are_told_apart(tmp_path):
