@@ -4,6 +4,9 @@ import csv
 import re
 from pathlib import Path
 
+import torch
+from torchvision.models import resnet18
+
 from benchmarks.selection import cases, label_of, markdown
 from comparison import standings
 from comparison_table import COLUMNS, cells, notes, words
@@ -33,6 +36,17 @@ def test_it_lists_every_method_and_model_and_dataset():
     groups = ("pruning", "model", "dataset")
     names = {path.stem for group in groups for path in (ROOT / "config" / group).glob("*.yaml")}
     assert not {name for name in names | set(REGISTRY) if f"`{name}`" not in README}
+
+
+def test_its_three_lines_prune_a_network():
+    (code,) = re.findall(r"```python\n(from filter_selection.*?)```", README, flags=re.DOTALL)
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10).eval()
+    known = {"model": model, "batches": [(torch.randn(2, 3, 32, 32), torch.tensor([3, 8]))]}
+    exec(code, known)
+    assert len([line for line in code.splitlines() if line and not line.startswith("from ")]) == 3
+    before, after = (sum(p.numel() for p in network.parameters()) for network in (model, known["smaller"]))
+    assert after < before and known["smaller"](torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_every_method_has_its_yaml():
