@@ -169,7 +169,9 @@ class Record:
             values["times"] = tuple(Timing(**timing) for timing in values.get("times", ()))
             return cls(**values)
         except TypeError as error:  # a field missing or unknown
-            raise ValueError(str(error)) from error
+            raise ValueError(
+                str(error).replace("Record.__init__() ", "").replace("keyword-only argument", "field")
+            ) from error
 
 
 def _text(value: Any) -> str:

@@ -66,7 +66,7 @@ def read_sweep(root: str | Path) -> Sweep:
             f"{root}: not one whole record in or below it; give the folder of a run or of a sweep, as "
             f"outputs/DATE/TIME or multirun/DATE/TIME{told}"
         )
-    recorded = {run.path for run in found if run.records}
+    recorded = {run.path for run in found}
     for config in sorted(root.glob("**/.hydra"), key=_by_number):
         if config.parent not in recorded:
             problems.append(f"{_name(root, config.parent)}: has no record yet; it failed, or is under way")
@@ -86,9 +86,13 @@ def _name(root: Path, path: Path) -> str:
 def _read_run(root: Path, path: Path, problems: list[str]) -> Run:
     name = _name(root, path)
     records, unread = scan_records(path / RECORDS)
-    problems += [f"{name}: {RECORDS}, {problem}" for problem in unread]
+    lines: dict[str, list[str]] = defaultdict(list)  # by reason: a whole file of another version is one line to read
+    for problem in unread:
+        lines[problem.partition(": ")[2]].append(problem)
+    for first, *others in lines.values():
+        problems.append(f"{name}: {RECORDS}, {first}" + (f" (and {len(others)} lines more)" if others else ""))
     if not records and not unread:
-        problems.append(f"{name}: {RECORDS} is empty")
+        problems.append(f"{name}: {RECORDS} is empty; the run failed, or is under way")
     if older := {record.run_id for record in records} - {records[-1].run_id if records else ""}:
         problems.append(f"{name}: {RECORDS} holds {len(older)} earlier runs, only the last is shown")
         records = [record for record in records if record.run_id == records[-1].run_id]

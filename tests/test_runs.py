@@ -74,7 +74,7 @@ def damaged_environment(root):
         (of_another_version, 6, 41, "0: records.jsonl, line 1: not read: schema 2; this version reads schema 4"),
         (twice_in_a_file, 6, 42, "0: records.jsonl holds 1 earlier runs, only the last is shown"),
         (twice_in_folders, 6, 42, "0: same configuration as 9, left out"),
-        (empty, 5, 35, "0: has no record yet; it failed, or is under way"),
+        (empty, 5, 35, "0: records.jsonl is empty; the run failed, or is under way"),
         (failed, 5, 35, "0: has no record yet; it failed, or is under way"),
         (gone, 5, 35, "ocap on digits, resnet18: lacks 4 of 8 results that others have (seed 0, classes 0, 3, 6)"),
         (no_selections, 6, 42, "0: has no selections.json"),
