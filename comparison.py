@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 from record_checks import TOLERANCE
 from records import Record
@@ -64,9 +65,10 @@ class Estimate:
 class Standing:
     """How a variant does in one setting, on the blocks that all variants in it share.
 
-    rank: best and worst place that the intervals leave open: 1 + how many are surely better, and the number of variants
-    less how many are surely worse. lead: accuracy less the reference's, within blocks; None where that is not there.
-    unmet: records left out because their target was not reached. missing: blocks that others have.
+    rank: best and worst place that the intervals leave open: 1 + how many lead it, and the number of variants less how
+    many it leads; one leads another where the interval of their difference excludes 0. lead: accuracy less the
+    reference's, within blocks; None where that is not there. unmet: records left out because their target was not
+    reached. missing: blocks that others have.
     Ratios are shares of the dense network's, means over the blocks.
     """
 
@@ -146,9 +148,14 @@ class Resampling:
 
     Blocks are crossed, subsets of classes by seeds, and blocks that share either are not independent. Subsets and seeds
     are each drawn with replacement, and a block weighs the product of how often its two were drawn: the pigeonhole
-    bootstrap (Owen, Annals of Applied Statistics 2007, 1:386), which errs towards wide. Intervals are percentiles.
+    bootstrap (Owen, Annals of Applied Statistics 2007, 1:386). Where there is one subset or one seed, it is the plain
+    bootstrap over the other.
 
-    Where there is one subset or one seed, it is the plain bootstrap over the other.
+    Intervals are percentiles, moved outwards as few draws demand (Hesterberg, The American Statistician 2015, 69:371,
+    "expanded percentile"): as many as the fewer of subsets and seeds. With three of each that is all but the range of
+    the blocks. Simulated, with effects of subset, seed and both of one size, they hold the truth in 0.96 of cases for 3
+    by 3 and 0.98 for 5 by 5; in 0.89 for 3 by 2; in 0.87 and 0.95 where the subsets' effect is all. One subset or one
+    seed says nothing of others.
     """
 
     def __init__(self, blocks: Sequence[Block]):
@@ -159,6 +166,8 @@ class Resampling:
         weights = weights * _drawn(generator, len(seeds))[:, [seeds.index(block[1:]) for block in blocks]]
         self.weights = weights[weights.sum(axis=1) > 0]  # where blocks are missing, a draw can hit none
         self.enough = len(blocks) >= FEWEST_BLOCKS
+        levels = min((count for count in (len(subsets), len(seeds)) if count > 1), default=2)
+        self.tail = ndtr(stdtrit(levels - 1, (1 - LEVEL) / 2) * math.sqrt(levels / (levels - 1)))
 
     def mean(self, values: Sequence[float]) -> Estimate:
         """The mean over the blocks and its 95 % interval."""
@@ -167,7 +176,7 @@ class Resampling:
         if not self.enough:
             return Estimate(value, None, None, len(values))
         means = self.weights @ numbers / self.weights.sum(axis=1)
-        low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        low, high = np.quantile(means, (self.tail, 1 - self.tail))
         # Sums of equal numbers differ by rounding, and must not exclude their own mean.
         return Estimate(value, min(float(low), value), max(float(high), value), len(values))
 

@@ -7,7 +7,17 @@ import io
 import json
 from collections.abc import Sequence
 
-from comparison import FEWEST_BLOCKS, Estimate, Setting, Standing, areas, cells_of, settings_of, standings
+from comparison import (
+    FEWEST_BLOCKS,
+    Estimate,
+    Setting,
+    Standing,
+    areas,
+    cells_of,
+    difference,
+    settings_of,
+    standings,
+)
 from records import Record, spread
 from runs import Sweep
 
@@ -77,7 +87,7 @@ def notes(records: Sequence[Record], setting: Setting, rows: Sequence[Standing])
 
 
 def words(sweep: Sweep) -> list[str]:
-    """What the figures say, a sentence or two for each setting after the last stage; differences only where sure."""
+    """What the figures say, a sentence or two for each setting after the last stage."""
     settings = settings_of(sweep.records)
     last = {}
     for setting in settings:
@@ -96,11 +106,12 @@ def sentence(records: Sequence[Record], setting: Setting) -> str:
         return text + "; there is no other to compare it with."
     if blocks < FEWEST_BLOCKS:
         return f"{text}; {blocks} {'pair' if blocks == 1 else 'pairs'} of subset and seed cannot tell who is better."
-    equal = [row.variant for row in rows[1:] if row.rank[0] == 1]
-    text += f"; {_listed(equal)} cannot be told from the best" if equal else ", surely more than any other"
+    leads = {row.variant: difference(records, setting, best.variant, row.variant) for row in rows[1:]}
+    equal = [variant for variant, lead in leads.items() if lead.sign == 0]
+    text += f"; {_listed(equal)} cannot be told from it" if equal else ", more than any other"
     if best.lead is not None:
-        sure = "surely" if best.lead.sign > 0 else "not surely"
-        text += f". It leads random {sure}, by {estimate(best.lead)} points"
+        holds = "" if best.lead.sign else ", which may be none"
+        text += f". Its lead over random: {estimate(best.lead)} points{holds}"
     return text + f" ({blocks} pairs of subset and seed)."
 
 

@@ -114,7 +114,8 @@ def _name_curves(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) ->
         return
     left, right = axes.get_xlim()
     ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
-    axes.set_xlim(left - 0.5 * (right - left), right)
+    names = min(max(0.0168 * max(len(name) for *_, name, _ in labels), 0.27), 0.6)  # their share of the axis, about
+    axes.set_xlim(left - (names + 0.1) / (1 - names) * (right - left), right)
     axes.set_xticks(ticks)
     label_column(axes, labels, min(x for x, *_ in labels) - 0.09 * (right - left), "right")
 
