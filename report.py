@@ -5,6 +5,7 @@ python report.py RUN_DIR
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,16 +118,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if (run_dir / RECORDS).is_file() or not run_dir.is_dir():
             records = _records_of(run_dir)
-            print(table(records))
-            written = _write(run_dir, records)
+            written, told = _write(run_dir, records), table(records)
         else:
             sweep = read_sweep(run_dir)
-            print("\n".join(_told(sweep)))
-            written = _write_sweep(sweep)
+            written, told = _write_sweep(sweep), "\n".join(_told(sweep))
     except BenchmarkError as error:
         print(error, file=sys.stderr)
         return 1
-    print("\n" + "\n".join(f"wrote {path}" for path in written))
+    try:
+        print(told + "\n\n" + "\n".join(f"wrote {path}" for path in written), flush=True)
+    except BrokenPipeError:  # `| head` has read enough; all is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

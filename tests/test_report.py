@@ -428,3 +428,13 @@ def test_drawing_is_silent_and_leaves_matplotlib_as_it_was(caplog):
     assert caplog.records == []
     assert dict(matplotlib.rcParams) == before
     assert logging.getLogger("fontTools").level == level
+
+
+def test_a_reader_that_stops_early_sees_no_traceback(tmp_path):
+    append_record(tmp_path / report.RECORDS, record("dense", head="all"))
+    code = f"import os, report; os.close(0); report.main([{str(tmp_path)!r}])"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and (tmp_path / "report.html").is_file()
