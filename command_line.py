@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -129,6 +130,8 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         return _no_such_choice(error.missing_cfg_file, error.options)
+    if taken_out := re.match(r"Error resolving interpolation '\$\{(\w+)\}'", str(error)):  # ~model: others follow it
+        return f"{taken_out[1]}.name: missing; choose with {taken_out[1]}=NAME"
     if isinstance(error, HydraException | OmegaConfBaseException):
         # Hydra says which override it is, and the error behind it says why
         parts = dict.fromkeys(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)

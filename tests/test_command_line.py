@@ -25,6 +25,7 @@ BAD_INPUT = [
     (["+seed=1"], "An item is already at 'seed'"),
     (["~pruning.pruning_ratio"], "pruning.pruning_ratio: missing"),
     (["~model"], "model.name: missing; choose with model=NAME"),
+    (["~dataset"], "dataset.name: missing; choose with dataset=NAME"),
     (["~foo"], "'foo' does not exist"),
     (["latency=5"], "latency: 5; is a group, set one of its keys: batch_sizes, repeats, warmup, seconds, threads"),
     (["pruning.pruning_ratio=[0.5"], "pruning.pruning_ratio=[0.5: cannot be read; write key=value"),
