@@ -227,6 +227,32 @@ def standings(records: Iterable[Record], setting: Setting, reference: str = "ran
     return sorted(found, key=lambda standing: (-standing.accuracy.value, standing.variant))
 
 
+CONTROLS = {
+    ("dense", "all"): "with all logits",
+    ("pruned", "selected"): "with the replaced head",
+    ("retrained", "selected"): "with that and the same retraining",
+    ("retrained", "all"): "with the same retraining",  # replace_last_layer=false
+}
+
+
+def controls(records: Iterable[Record], setting: Setting) -> dict[str, Estimate]:
+    """The accuracy of networks that nothing was removed from, by what was done to them, on the blocks of a setting.
+
+    Only those that every block has. Runs of one block measured the same network; where they differ, the mean counts.
+    """
+    records = list(records)
+    blocks = cells_of(records, setting).blocks
+    found: dict[tuple[str, str], dict[Block, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in records:
+        if (r.dataset, r.model) == (setting.dataset, setting.model) and (r.stage == "dense" or r.ratio == 0):
+            found[r.stage, r.head][block_of(r)].append(r.accuracy)
+    whole = {said: found[key] for key, said in CONTROLS.items() if set(blocks) <= found[key].keys()}
+    if not blocks:
+        return {}
+    resampling = Resampling(blocks)
+    return {said: resampling.mean([_mean(values[block]) for block in blocks]) for said, values in whole.items()}
+
+
 def difference(records: Iterable[Record], setting: Setting, variant: str, other: str) -> Estimate | None:
     """Accuracy of `variant` less that of `other`, within the blocks that all variants of the setting share."""
     cells = cells_of(records, setting)

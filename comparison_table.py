@@ -14,6 +14,7 @@ from comparison import (
     Standing,
     areas,
     cells_of,
+    controls,
     difference,
     settings_of,
     standings,
@@ -75,6 +76,8 @@ def notes(records: Sequence[Record], setting: Setting, rows: Sequence[Standing])
     found = cells_of(records, setting)
     blocks = len(found.blocks)
     told = [f"{blocks} {'pair' if blocks == 1 else 'pairs'} of subset and seed."] if rows else []
+    if rows and (dense := controls(records, setting)):
+        told.append(f"Nothing removed: {', '.join(f'{estimate(mean)} % {said}' for said, mean in dense.items())}.")
     if 0 < blocks < FEWEST_BLOCKS:
         told.append(f"No intervals and no order: that takes {FEWEST_BLOCKS} pairs.")
     for variant, count in sorted(found.unmet.items()):

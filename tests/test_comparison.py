@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import comparison
-from comparison import Resampling, Setting, areas, cells_of, difference, friedman, ranked, settings_of, standings
+from comparison import (
+    Resampling,
+    Setting,
+    areas,
+    cells_of,
+    controls,
+    difference,
+    friedman,
+    ranked,
+    settings_of,
+    standings,
+)
 from runs import read_sweep
 from tests.sample_sweeps import LEVELS, records_of, run_of
 
@@ -143,6 +154,26 @@ def test_the_better_one_leads_and_its_rank_is_certain():
     assert [row.rank for row in rows] == [(1, 1), (2, 2), (3, 3)]
     assert rows[0].lead.low > 0 and rows[2].lead is None and rows[0].accuracy.n == 9
     assert all(row.macs_ratio == pytest.approx(0.4, abs=0.006) for row in rows)
+
+
+def test_controls_are_the_networks_that_nothing_was_removed_from():
+    """Means over the blocks that are compared, by hand; one block is missing of one variant."""
+    gone = ((0, 3, 6), 1)
+    records = [r for r in records_of() if not (r.variant == "random" and (r.selected_classes, r.seed) == gone)]
+    found = controls(records, AFTER)
+    for said, stage in {
+        "with all logits": "dense",
+        "with the replaced head": "pruned",
+        "with that and the same retraining": "retrained",
+    }.items():
+        values = {}
+        for r in records:
+            if r.stage == stage and not r.ratio and (r.selected_classes, r.seed) != gone:
+                values.setdefault((r.selected_classes, r.seed), []).append(r.accuracy)
+        assert found[said].n == len(values) == 8
+        assert found[said].value == pytest.approx(np.mean([np.mean(row) for row in values.values()]))
+    without = [r for r in records if r.stage != "dense" or r.seed]
+    assert set(controls(without, AFTER)) == set(found) - {"with all logits"}
 
 
 def test_a_paired_difference_is_the_mean_of_differences_within_blocks():
