@@ -16,7 +16,7 @@ from scipy.special import ndtr, stdtrit
 
 from record_checks import TOLERANCE
 from records import Record
-from runs import block_of
+from runs import block_of, task_of
 from tables import headline
 
 RESAMPLES = 10_000
@@ -33,7 +33,7 @@ Block = tuple[tuple[int, ...], int, int]  # see `runs.block_of`
 class Setting:
     """One comparison: everything is equal but the variant. level: the target, or the ratio where none was matched."""
 
-    dataset: str
+    task: str  # see `runs.task_of`
     model: str
     stage: str
     match: str | None
@@ -41,7 +41,7 @@ class Setting:
 
     def __str__(self) -> str:
         budget = f"{100 * self.level:g} % of {BUDGETS[self.match]} removed" if self.match else f"ratio {self.level:g}"
-        return f"{self.dataset}, {self.model}, {budget}, {STAGES[self.stage]}"
+        return f"{self.task}, {self.model}, {budget}, {STAGES[self.stage]}"
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ def setting_of(record: Record) -> Setting | None:
     if record.stage == "dense" or record.ratio == 0:
         return None
     level = record.ratio if record.target is None else record.target
-    return Setting(record.dataset, record.model, record.stage, record.match, level)
+    return Setting(task_of(record), record.model, record.stage, record.match, level)
 
 
 def settings_of(records: Iterable[Record]) -> list[Setting]:
-    """All comparisons, by dataset, model, budget and target, before retraining first."""
+    """All comparisons, by task, model, budget and target, before retraining first."""
     found = {setting for record in records if (setting := setting_of(record)) is not None}
     order = list(STAGES)
-    return sorted(found, key=lambda s: (s.dataset, s.model, s.match or "", s.level, order.index(s.stage)))
+    return sorted(found, key=lambda s: (s.task, s.model, s.match or "", s.level, order.index(s.stage)))
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def controls(records: Iterable[Record], setting: Setting) -> dict[str, Estimate]
     blocks = cells_of(records, setting).blocks
     found: dict[tuple[str, str], dict[Block, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
-        if (r.dataset, r.model) == (setting.dataset, setting.model) and (r.stage == "dense" or r.ratio == 0):
+        if (task_of(r), r.model) == (setting.task, setting.model) and (r.stage == "dense" or r.ratio == 0):
             found[r.stage, r.head][block_of(r)].append(r.accuracy)
     whole = {said: found[key] for key, said in CONTROLS.items() if set(blocks) <= found[key].keys()}
     if not blocks:
@@ -307,7 +307,7 @@ class Area:
     high: float
 
 
-def areas(records: Iterable[Record], dataset: str, model: str, stage: str) -> list[Area]:
+def areas(records: Iterable[Record], task: str, model: str, stage: str) -> list[Area]:
     """Area under the accuracy-over-MACs curve, divided by its width; best first.
 
     A curve joins the records of one run by straight lines, ratio 0 among them; all are cut to the range that each of
@@ -315,7 +315,7 @@ def areas(records: Iterable[Record], dataset: str, model: str, stage: str) -> li
     """
     curves: dict[str, dict[Block, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
-        if (r.dataset, r.model, r.stage) == (dataset, model, stage) and r.macs_ratio is not None:
+        if (task_of(r), r.model, r.stage) == (task, model, stage) and r.macs_ratio is not None:
             curves[r.variant][block_of(r)].append((r.macs_ratio, r.accuracy))
     most = max(map(len, curves.values()), default=0)
     curves = {variant: blocks for variant, blocks in curves.items() if len(blocks) >= FEWEST_SHARE * most}

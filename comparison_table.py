@@ -95,7 +95,7 @@ def words(sweep: Sweep) -> list[str]:
     last = {}
     for setting in settings:
         if setting.stage != "scratch":
-            last[setting.dataset, setting.model, setting.match, setting.level] = setting  # the later stage stays
+            last[setting.task, setting.model, setting.match, setting.level] = setting  # the later stage stays
     return [text for setting in last.values() if (text := sentence(sweep.records, setting))] + _area_words(sweep)
 
 
@@ -121,14 +121,14 @@ def sentence(records: Sequence[Record], setting: Setting) -> str:
 def _area_words(sweep: Sweep) -> list[str]:
     """The order by the mean accuracy over the range of MACs that all cover."""
     told = []
-    for dataset, model in sorted({(s.dataset, s.model) for s in settings_of(sweep.records)}):
-        stages = {s.stage for s in settings_of(sweep.records) if (s.dataset, s.model) == (dataset, model)}
+    for task, model in sorted({(s.task, s.model) for s in settings_of(sweep.records)}):
+        stages = {s.stage for s in settings_of(sweep.records) if (s.task, s.model) == (task, model)}
         stage = "retrained" if "retrained" in stages else "pruned"
-        found = areas(sweep.records, dataset, model, stage)
+        found = areas(sweep.records, task, model, stage)
         if len(found) > 1:
             order = ", ".join(f"{area.variant} {estimate(area.accuracy)}" for area in found)
             span = f"{100 * found[0].low:.0f} to {100 * found[0].high:.0f} %"
-            told.append(f"Mean accuracy over {span} of the MACs, {dataset}, {model}: {order}.")
+            told.append(f"Mean accuracy over {span} of the MACs, {task}, {model}: {order}.")
     return told
 
 

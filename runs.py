@@ -202,6 +202,12 @@ def block_of(record: Record) -> tuple[tuple[int, ...], int, int]:
     return tuple(sorted(record.selected_classes)), record.seed, record.sampling_seed
 
 
+def task_of(record: Record) -> str:
+    """What the network is to do: accuracies on more classes, or on classes chosen to be alike, are not comparable."""
+    count, rule = len(record.selected_classes), "" if record.subset == "given" else f"{record.subset} "
+    return f"{record.dataset}, {count} {rule}{'class' if count == 1 else 'classes'}"
+
+
 def _gaps(records: Iterable[Record]) -> list[str]:
     """What some variants of a dataset and model have and others lack: seeds, classes, targets, stages."""
     cells: dict[tuple, dict[str, set]] = defaultdict(lambda: defaultdict(set))
@@ -209,9 +215,9 @@ def _gaps(records: Iterable[Record]) -> list[str]:
         if record.stage != "dense" and record.ratio > 0:
             level = record.ratio if record.target is None else record.target
             cell = (block_of(record), record.match, level if record.match else None, record.stage)
-            cells[record.dataset, record.model][record.variant].add(cell)
+            cells[task_of(record), record.model][record.variant].add(cell)
     problems = []
-    for (dataset, model), variants in cells.items():
+    for (task, model), variants in cells.items():
         everything = set().union(*variants.values())
         for variant, has in variants.items():
             lacking = everything - has
@@ -220,7 +226,7 @@ def _gaps(records: Iterable[Record]) -> list[str]:
                 classes, seed, _ = blocks[0]
                 more = f" and {len(blocks) - 1} more" if len(blocks) > 1 else ""
                 problems.append(
-                    f"{variant} on {dataset}, {model}: lacks {len(lacking)} of {len(everything)} results that others "
+                    f"{variant} on {task}, {model}: lacks {len(lacking)} of {len(everything)} results that others "
                     f"have (seed {seed}, classes {', '.join(map(str, classes))}{more})"
                 )
     return problems

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from comparison import BUDGETS, met
 from plot_style import STYLE, draw_heat_map, heat_maps
 from records import Record
-from runs import Run, Sweep, block_of
+from runs import Run, Sweep, block_of, task_of
 
 
 def middle_level(sweep: Sweep) -> tuple[str | None, float] | None:
@@ -52,7 +52,7 @@ def accuracy_lost_per_class(sweep: Sweep) -> Figure | None:
         for name, share in record.accuracy_per_class.items():
             if whole:
                 gone = 100 * (whole[0].accuracy_per_class[name] - share)
-                lost[record.dataset, record.model][record.variant][name].append(gone)
+                lost[task_of(record), record.model][record.variant][name].append(gone)
     if not lost:
         return None
     panels = [(*key, sorted({name for row in rows.values() for name in row})) for key, rows in sorted(lost.items())]
@@ -61,11 +61,11 @@ def accuracy_lost_per_class(sweep: Sweep) -> Figure | None:
     highest = max([1.0, *(value for panel in means for row in panel for value in row if value is not None)])
     with rc_context(STYLE):
         figure, axes = heat_maps([len(names) for *_, names in panels], variants, cell_width=0.4)
-        for (dataset, model, names), values, panel in zip(panels, means, axes, strict=True):
+        for (task, model, names), values, panel in zip(panels, means, axes, strict=True):
             texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
             draw_heat_map(panel, _with_gaps(values), texts, 0, highest)
             _name_columns(panel, names)
-            panel.set_title(f"{dataset}, {model}")
+            panel.set_title(f"{task}, {model}")
         _title(figure, f"Points of accuracy that each class loses, {said(middle_level(sweep))}")
     return figure
 
@@ -78,12 +78,12 @@ def filters_kept_per_layer(sweep: Sweep) -> Figure | None:
     for _, record in _at(sweep, ("pruned",)):
         for layer, width in record.widths_dense.items():
             share = 100 * record.filters_kept_per_layer[layer] / width
-            kept[record.dataset, record.model][layer][record.variant].append(share)
+            kept[task_of(record), record.model][layer][record.variant].append(share)
     if not kept:
         return None
-    models = {model: key for key in sorted(kept, reverse=True) for model in [key[1]]}  # one dataset a model
-    (dataset, model) = models[sorted(models)[0]]
-    layers = kept[dataset, model]
+    models = {model: key for key in sorted(kept, reverse=True) for model in [key[1]]}  # one task a model
+    (task, model) = models[sorted(models)[0]]
+    layers = kept[task, model]
     pruned = [layer for layer, row in layers.items() if any(share < 100 for shares in row.values() for share in shares)]
     variants = sorted({variant for row in layers.values() for variant in row})
     if not pruned:
@@ -94,7 +94,7 @@ def filters_kept_per_layer(sweep: Sweep) -> Figure | None:
         texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
         draw_heat_map(axes, _with_gaps(values), texts, 0, 100)
         _name_columns(axes, variants)
-        axes.set_title(f"{dataset}, {model}; layers that no variant prunes are left out")
+        axes.set_title(f"{task}, {model}; layers that no variant prunes are left out")
         _title(figure, f"Filters kept in each layer (%), {said(middle_level(sweep))}")
     return figure
 
@@ -115,7 +115,7 @@ def selection_overlap(sweep: Sweep) -> Figure | None:
     """Filters that two variants both remove, in % of those that either does (Jaccard index), a mean over the blocks."""
     chosen: dict[tuple, dict[str, set]] = defaultdict(dict)
     for record, filters in selected(sweep):
-        chosen[record.dataset, record.model, block_of(record)][record.variant] = filters
+        chosen[task_of(record), record.model, block_of(record)][record.variant] = filters
     variants = sorted({variant for row in chosen.values() for variant in row})
     if len(variants) < 2:
         return None

@@ -20,7 +20,7 @@ from comparison import STAGES, Resampling, Setting, met, setting_of, settings_of
 from plot_labels import label_column
 from plot_style import INK, PALE, STYLE, variant_style
 from records import Record
-from runs import Sweep, block_of
+from runs import Sweep, block_of, task_of
 from sweep_heat_maps import (
     accuracy_lost_per_class,
     filters_kept_per_layer,
@@ -42,8 +42,8 @@ def stages_of(records: Sequence[Record]) -> list[str]:
 
 
 def panels_of(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The datasets and models that something was pruned on."""
-    return sorted({(record.dataset, record.model) for record in records if record.ratio})
+    """The tasks and models that something was pruned for and on."""
+    return sorted({(task_of(record), record.model) for record in records if record.ratio})
 
 
 def _latency(record: Record) -> float | None:
@@ -66,7 +66,7 @@ def accuracy_over_latency(sweep: Sweep) -> Figure | None:
 
 
 def _curves(sweep: Sweep, place: Place, label: str, what: str) -> Figure | None:
-    """A row a dataset and model, a column a stage; a line a variant through its means at each target."""
+    """A row a task and model, a column a stage; a line a variant through its means at each target."""
     records = [record for record in sweep.records if place(record) is not None]
     rows, columns = panels_of(records), stages_of(records)
     if not rows:
@@ -74,12 +74,12 @@ def _curves(sweep: Sweep, place: Place, label: str, what: str) -> Figure | None:
     with rc_context(STYLE):
         figure = Figure(figsize=(1.2 + 4.6 * len(columns), 0.9 + 3.6 * len(rows)), layout="constrained")
         panels = figure.subplots(len(rows), len(columns), squeeze=False, sharey="row")
-        for (dataset, model), line in zip(rows, panels, strict=True):
+        for (task, model), line in zip(rows, panels, strict=True):
             named = {}
             for stage, axes in zip(columns, line, strict=True):
-                chosen = [r for r in records if (r.dataset, r.model, r.stage) == (dataset, model, stage)]
+                chosen = [r for r in records if (task_of(r), r.model, r.stage) == (task, model, stage)]
                 named[axes] = _draw_curves(axes, chosen, place)
-                axes.set_title(f"{dataset}, {model}, {STAGES[stage]}")
+                axes.set_title(f"{task}, {model}, {STAGES[stage]}")
             for axes, labels in named.items():  # once the heights, which they share, are final
                 _name_curves(axes, labels)
             line[0].set_ylabel("test accuracy, selected classes (%)")
@@ -139,13 +139,13 @@ def _means(records: Sequence[Record], place: Place) -> dict[str, list[tuple]]:
     return lines
 
 
-def middle_setting(records: Sequence[Record], dataset: str, model: str) -> Setting | None:
+def middle_setting(records: Sequence[Record], task: str, model: str) -> Setting | None:
     """The comparison shown where there is room for one: the last stage, at the target in the middle."""
     stages = [stage for stage in stages_of(records) if stage != "scratch"]
     counts = Counter(
         setting
         for record in records
-        if (setting := setting_of(record)) and (setting.dataset, setting.model) == (dataset, model)
+        if (setting := setting_of(record)) and (setting.task, setting.model) == (task, model)
     )
     usual = sorted(s for s in counts if s.stage in stages[-1:] and 2 * counts[s] >= max(counts.values()))
     return usual[(len(usual) - 1) // 2] if usual else None
@@ -154,8 +154,8 @@ def middle_setting(records: Sequence[Record], dataset: str, model: str) -> Setti
 def scoring_cost_over_accuracy(sweep: Sweep) -> Figure | None:
     """Seconds that scoring took, on a logarithmic scale, against the accuracy kept at the middle target."""
     drawn = []
-    for dataset, model in panels_of(sweep.records):
-        setting = middle_setting(sweep.records, dataset, model)
+    for task, model in panels_of(sweep.records):
+        setting = middle_setting(sweep.records, task, model)
         rows = [row for row in standings(sweep.records, setting) if row.scoring_seconds] if setting else []
         drawn += [(setting, rows)] if rows else []
     if not drawn:
@@ -239,13 +239,13 @@ def selection_stability(sweep: Sweep) -> Figure | None:
     draws: dict[tuple, dict[int, set]] = defaultdict(dict)
     for record, filters in selected(sweep):
         name = " ".join(word for word in record.variant.split() if not word.startswith("num_pruning_samples="))
-        place = (record.dataset, record.model, name, record.num_pruning_samples, record.selected_classes, record.seed)
+        place = (task_of(record), record.model, name, record.num_pruning_samples, record.selected_classes, record.seed)
         draws[place][record.sampling_seed] = filters
     alike: dict[tuple, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for (dataset, model, name, images, *_), drawn in draws.items():
+    for (task, model, name, images, *_), drawn in draws.items():
         pairs = [jaccard(one, other) for one, other in combinations(drawn.values(), 2) if one | other]
         if pairs:
-            alike[dataset, model][name][images] += pairs
+            alike[task, model][name][images] += pairs
     alike = {
         panel: {name: points for name, points in lines.items() if len(points) > 1} for panel, lines in alike.items()
     }

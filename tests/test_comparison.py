@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ from comparison import (
     settings_of,
     standings,
 )
-from runs import read_sweep
+from runs import read_sweep, task_of
 from tests.sample_sweeps import LEVELS, records_of, run_of
 
-AFTER = Setting("digits", "resnet18", "retrained", "macs", 0.6)
+AFTER = Setting("digits, 3 random classes", "resnet18", "retrained", "macs", 0.6)
 COMMITTED = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -35,8 +36,8 @@ def matrix(records, setting):
     """Accuracies [block, variant] of the blocks that all variants have at the target, picked out one by one."""
     cells = {}
     for r in records:
-        if (r.dataset, r.model, r.stage, r.match, r.target) == (
-            setting.dataset, setting.model, setting.stage, setting.match, setting.level,
+        if (task_of(r), r.model, r.stage, r.match, r.target) == (
+            setting.task, setting.model, setting.stage, setting.match, setting.level,
         ):  # fmt: skip
             if abs(r.reached - r.target) <= 0.02:
                 cells[(r.selected_classes, r.seed), r.variant] = r.accuracy
@@ -203,7 +204,9 @@ def test_the_order_of_the_records_does_not_matter(chance):
     shuffled = list(records)
     chance.shuffle(shuffled)
     assert standings(shuffled, AFTER) == standings(records, AFTER)
-    assert areas(shuffled, "digits", "resnet18", "retrained") == areas(records, "digits", "resnet18", "retrained")
+    assert areas(shuffled, "digits, 3 random classes", "resnet18", "retrained") == areas(
+        records, "digits, 3 random classes", "resnet18", "retrained"
+    )
 
 
 def test_what_missed_its_target_does_not_compete():
@@ -212,9 +215,8 @@ def test_what_missed_its_target_does_not_compete():
     assert {row.variant for row in standings(records, AFTER)} == {"ocap", "random"}
     cells = cells_of(records, AFTER)
     assert cells.left_out == ("lrp",) and cells.unmet == {"lrp": 9} and cells.missing["lrp"] == 0
-    assert {row.variant for row in standings(records, Setting("digits", "resnet18", "retrained", "macs", 0.3))} == {
-        "ocap", "random", "lrp",
-    }  # fmt: skip
+    nearer = replace(AFTER, level=0.3)
+    assert {row.variant for row in standings(records, nearer)} == {"ocap", "random", "lrp"}
 
 
 def test_a_sweep_that_is_half_done_compares_what_all_have():
@@ -227,7 +229,7 @@ def test_a_sweep_that_is_half_done_compares_what_all_have():
 
 def test_the_area_is_scipys_trapezoid():
     records = records_of(subsets=2, seeds=3)
-    found = {area.variant: area for area in areas(records, "digits", "resnet18", "retrained")}
+    found = {area.variant: area for area in areas(records, "digits, 3 random classes", "resnet18", "retrained")}
     assert set(found) == set(LEVELS)
     low, high = found["ocap"].low, found["ocap"].high
     for variant in LEVELS:
@@ -240,13 +242,27 @@ def test_the_area_is_scipys_trapezoid():
             x = np.linspace(low, high, 20_001)
             heights.append(scipy.integrate.trapezoid(np.interp(x, *zip(*line, strict=True)), x) / (high - low))
         assert found[variant].accuracy.value == pytest.approx(np.mean(heights), abs=1e-6)
-    assert areas(records, "digits", "vgg16", "retrained") == []
+    assert areas(records, "digits, 3 random classes", "vgg16", "retrained") == []
 
 
 def test_settings_are_named_and_ordered():
     settings = settings_of(records_of(subsets=1, seeds=1))
     assert [str(s) for s in settings[:2]] == [
-        "digits, resnet18, 30 % of MACs removed, before retraining",
-        "digits, resnet18, 30 % of MACs removed, after retraining",
+        "digits, 3 random classes, resnet18, 30 % of MACs removed, before retraining",
+        "digits, 3 random classes, resnet18, 30 % of MACs removed, after retraining",
     ]
     assert len(settings) == 4 and comparison.TOLERANCE == 0.02
+
+
+def test_more_classes_and_other_rules_are_tables_of_their_own():
+    three, two = run_of("ocap", (0, 1, 2), 0), run_of("ocap", (0, 1), 0)
+    alike = [replace(record, subset="similar") for record in three]
+    one = run_of("ocap", (4,), 0)
+    assert [task_of(rows[0]) for rows in (three, two, alike, one)] == [
+        "digits, 3 random classes", "digits, 2 random classes", "digits, 3 similar classes", "digits, 1 random class",
+    ]  # fmt: skip
+    everything = three + two + alike + one
+    assert len({setting.task for setting in settings_of(everything)}) == 4
+    assert [row.accuracy.n for row in standings(everything, AFTER)] == [1]
+    assert standings(everything, AFTER)[0].accuracy == standings(three, AFTER)[0].accuracy
+    assert areas(everything, AFTER.task, "resnet18", "retrained") == areas(three, AFTER.task, "resnet18", "retrained")

@@ -11,7 +11,7 @@ from benchmarks.selection import cases, label_of, markdown
 from comparison import standings
 from comparison_table import COLUMNS, cells, notes, words
 from filter_selection import REGISTRY
-from runs import read_sweep
+from runs import read_sweep, task_of
 from sweep_plots import middle_setting
 from tests.readme import between, put
 
@@ -90,7 +90,7 @@ def result_tables() -> str:
     for root in sorted(path.parent for path in RESULTS.glob("*/comparison.md")):
         sweep = read_sweep(root)
         first = sweep.records[0]
-        setting = middle_setting(sweep.records, first.dataset, first.model)
+        setting = middle_setting(sweep.records, task_of(first), first.model)
         rows = standings(sweep.records, setting)
         table = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
         parts += [

@@ -110,9 +110,9 @@ def test_ranks_are_drawn_best_on_top(sweep):
 
 
 def test_the_middle_setting_is_after_retraining(sweep):
-    setting = middle_setting(sweep.records, "digits", "resnet18")
+    setting = middle_setting(sweep.records, "digits, 3 random classes", "resnet18")
     assert (setting.stage, setting.level) == ("retrained", 0.3)
-    assert middle_setting(sweep.records, "digits", "vgg16") is None
+    assert middle_setting(sweep.records, "digits, 3 random classes", "vgg16") is None
 
 
 def test_the_stability_of_selections_is_the_overlap_of_pairs_of_draws(tmp_path):
