@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from intervals import wilson
 from metrics import Footprint, Measurement
-from records import Timing
+from records import Record, Timing
 
 
 def accuracy_fields(
@@ -75,3 +76,10 @@ def timings(measured: Measurement) -> list[Timing]:
         )
         for (engine, size), pairs in measured.times.items()
     ]
+
+
+def footprint_in(record: Record) -> Footprint:
+    """What a record says of its network's shapes; its warnings stay with the record."""
+    return Footprint(
+        **{f.name: getattr(record, f.name) for f in fields(Footprint) if f.name != "warnings"}, warnings=()
+    )

@@ -4,26 +4,28 @@ import hashlib
 import io
 import json
 import logging
-import os
-import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from disk import clear_leftovers, replace_whole
 from errors import BenchmarkError
 from helpers import derive_seed
+from locks import locked
 from models import get_model, model_from_state
 from training import EpochRow, fit, training_plan
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 # Raise it when the code changes what training makes of the same settings, or what a file holds.
 FORMAT_VERSION = 1
-MAGIC = b"dense model of the filter-pruning benchmark, sha256 "
+MAGIC = b"%s of the filter-pruning benchmark, sha256 "  # of what
 # Settings that the trained model does not depend on. A key that is not named here shapes it, so that a key added later
 # is never overlooked; the files behind the two paths enter by their content.
 WITHOUT_EFFECT = {
@@ -68,7 +70,12 @@ def dense_model(settings: Any, factory: Any, device: torch.device) -> DenseModel
     if not settings.training.train:
         return _given_model(settings, device, key)
     path = Path(settings.cache_dir, f"{settings.dataset.name}-{settings.model.name}-{key[:16]}.pt")
-    return _from_cache(path, settings, facts, device) or _train(path, settings, facts, factory, device)
+    return made_once(
+        path,
+        lambda: _from_cache(path, settings, facts, device),
+        lambda: _train(path, settings, facts, factory, device),
+        f"training {settings.model.name}",
+    )
 
 
 def shaping_facts(settings: Any, fingerprint: str, device_type: str) -> dict[str, Any]:
@@ -93,35 +100,46 @@ def config_key(facts: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(facts).encode()).hexdigest()
 
 
-def save_checked(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path`, behind its checksum, whole or not at all. Raises OSError.
+def made_once(path: Path, read: Callable[[], T | None], make: Callable[[], T], doing: str) -> T:
+    """What `read` finds at `path`, or else what `make` makes and leaves there: of several processes one makes it, the
+    others wait and read. `doing`: what making it is, for those who wait."""
+    seen = _version_of(path)
+    if (found := read()) is not None:
+        return found
+    with locked(path.parent / "locks" / f"{path.name}.lock", doing):
+        clear_leftovers(path)
+        if _version_of(path) != seen and (found := read()) is not None:
+            return found
+        return make()
 
-    The file appears under its name only when it is complete and on the disk; whatever interrupts the writing, Ctrl-C
-    included, leaves no part of it behind.
-    """
+
+def _version_of(path: Path) -> tuple[int, ...] | None:
+    """Tells a file from the one that replaces it."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns, state.st_size
+
+
+def save_checked(path: Path, content: dict[str, Any], what: bytes = b"dense model") -> None:
+    """Write `content` to `path`, behind its checksum, whole or not at all. Raises OSError."""
     payload = io.BytesIO()
     torch.save(content, payload)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # same directory: a rename cannot cross disks
-    try:
-        with unfinished.open("xb") as file:
-            file.write(MAGIC + hashlib.sha256(payload.getbuffer()).hexdigest().encode() + b"\n")
-            file.write(payload.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    checksum = hashlib.sha256(payload.getbuffer()).hexdigest().encode()
+    replace_whole(path, MAGIC % what + checksum + b"\n" + payload.getbuffer())
 
 
-def load_checked(path: Path) -> dict[str, Any]:
+def load_checked(path: Path, what: bytes = b"dense model") -> dict[str, Any]:
     """What `save_checked` wrote, on the CPU. Raises OSError, or ValueError with the reason when it is not intact."""
+    magic = MAGIC % what
     with path.open("rb") as file:
-        header = file.readline(len(MAGIC) + 65)  # bounded: a foreign file may be one long line
+        header = file.readline(len(magic) + 65)  # bounded: a foreign file may be one long line
         payload = file.read()
-    if not header.startswith(MAGIC):
+    if not header.startswith(magic):
         raise ValueError("it is empty, or no file of this benchmark")
-    if hashlib.sha256(payload).hexdigest().encode() + b"\n" != header.removeprefix(MAGIC):
+    if hashlib.sha256(payload).hexdigest().encode() + b"\n" != header.removeprefix(magic):
         raise ValueError("it is damaged or incomplete, its checksum does not match")
     return torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
 

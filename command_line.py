@@ -14,9 +14,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_places import require_dataset
 from errors import BenchmarkError, ConfigError
+from identity import register_resolvers, run_identity
 from schema import listed
 from settings import CONFIG_DIR, check
+from sweep_plan import PlannedRun, dry_run, queue
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
@@ -68,8 +71,14 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
             logging.getLogger().error(_job_label() + message)
 
     logging.raiseExceptions = full_error  # on a full disk the log file fails as well: the console has the message
+    register_resolvers()
     try:
-        check_arguments(sys.argv[1:])
+        planned = check_arguments(sys.argv[1:])
+        if planned is not None and planned.dry_run:
+            print(dry_run(planned.runs))
+            return 0
+        if planned is not None and planned.resume:
+            queue(planned.runs)
         with _errors_passed_on():
             hydra.main(version_base=VERSION_BASE, config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)(job)()
     except KeyboardInterrupt:
@@ -167,18 +176,28 @@ def _in_making_a_folder(error: OSError) -> bool:
     return bool(frames) and frames[-1].name in ("mkdir", "makedirs")
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a sweep, and what the command line wants of them."""
+
+    runs: tuple[PlannedRun, ...]
+    dry_run: bool
+    resume: bool
+
+
+def check_arguments(arguments: Sequence[str]) -> Plan | None:
     """Compose and check every job that the arguments ask for; raises ConfigError or Hydra's own for the first fault.
 
-    Says nothing on flags that run no job (--help, --cfg, ...) or that look for the configuration elsewhere.
+    Returns what a sweep will do; None for a single run, and for flags that run no job (--help, --cfg, ...) or that look
+    for the configuration elsewhere, on which it says nothing.
     """
     flags = _parse_flags(arguments)
     shows_something = flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion
     if shows_something or flags.config_path or flags.config_dir or flags.experimental_rerun:
-        return
+        return None
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), job_name="main", version_base=VERSION_BASE):
-            _check_jobs(flags.overrides, flags.multirun, flags.config_name or CONFIG_NAME)
+            return _check_jobs(flags.overrides, flags.multirun, flags.config_name or CONFIG_NAME)
     finally:
         HydraConfig.instance().cfg = None
 
@@ -195,9 +214,9 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> None:
+def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan | None:
     parser = OverridesParser.create(_config_loader())
-    overrides = parser.parse_overrides(arguments)
+    given = overrides = parser.parse_overrides(arguments)
     composer = _Composer(config_name)
     for value in itertools.chain.from_iterable(_values(override, parser) for override in overrides):
         composer.refuse_no_single_choice(value)
@@ -219,8 +238,20 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> None:
         except (BenchmarkError, HydraException, OmegaConfBaseException) as error:
             if not multirun:
                 raise
-            label = " ".join(override.input_line for override in job if not override.is_hydra_override())
-            raise ConfigError(f"[{label}] {explain(error)}") from error
+            raise ConfigError(f"[{' '.join(_task(job))}] {explain(error)}") from error
+    if not multirun:
+        if settings.sweep.dry_run:
+            raise ConfigError("sweep.dry_run: true; lists the runs of a sweep, which needs --multirun")
+        return None
+    jobs = itertools.product(*([value for value in _values(override, parser)] for override in overrides))
+    sweep_dir = composer.sweep_dir([_values(override, parser)[0] for override in overrides], _task(given))
+    runs = tuple(composer.planned(number, job, sweep_dir) for number, job in enumerate(jobs))
+    return Plan(runs, settings.sweep.dry_run, settings.resume)
+
+
+def _task(overrides: Iterable[Override]) -> list[str]:
+    """What a command line says to the benchmark, and not to Hydra."""
+    return [override.input_line for override in overrides if not override.is_hydra_override()]
 
 
 def _values(override: Override, parser: OverridesParser) -> list[Override]:
@@ -274,6 +305,25 @@ class _Composer:
             # force_add: `check` has the better message for a key that does not exist
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
         return cfg
+
+    def sweep_dir(self, job: Sequence[Override], task: Sequence[str]) -> Path:
+        """Where the sweep that says `task` goes; `job` is any of its jobs."""
+        full = deepcopy(self._composed(job)[0])
+        OmegaConf.set_readonly(full.hydra, False)
+        full.hydra.overrides.task = list(task)
+        OmegaConf.clear_cache(full)
+        return Path(str(full.hydra.sweep.dir))
+
+    def planned(self, number: int, job: Sequence[Override], sweep_dir: Path) -> PlannedRun:
+        """The run of the job with this number."""
+        cfg = self.compose(job)
+        full = deepcopy(self._composed(job)[0])
+        OmegaConf.set_readonly(full.hydra, False)
+        full.hydra.job.num, full.hydra.job.id, full.hydra.overrides.task = number, str(number), _task(job)
+        with open_dict(full):
+            full.merge_with(cfg)
+        told = tuple(text for text in _task(job) if not text.startswith(("resume=", "sweep.")))
+        return PlannedRun(told, sweep_dir / str(full.hydra.sweep.subdir), run_identity(cfg))
 
     def _composed(self, job: Sequence[Override]) -> tuple[DictConfig, DictConfig]:
         key = tuple(override.input_line for override in job if not self._sets_a_value(override))

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ def code_version(folder: Path) -> dict[str, Any]:
         return {"git_commit": None, "git_dirty": None}
     changed = _git(folder, "status", "--porcelain", "--", "*.py", "*.yaml", "requirements*.txt")
     return {"git_commit": commit, "git_dirty": changed != ""}
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256, in hex, of all modules of the benchmark: what they compute may change when any of them does."""
+    digest = hashlib.sha256()
+    for path in sorted([*CODE.glob("*.py"), *CODE.glob("filter_selection/*.py")]):
+        digest.update(f"{path.relative_to(CODE)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

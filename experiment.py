@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 from torch import nn
 
 from batch_loaders import Relabelled
-from bookkeeping import accuracy_fields, size_fields, timings
+from bookkeeping import accuracy_fields, footprint_in, size_fields, timings
 from budgets import Budgeted, find_ratios, removed_share
 from cache import DenseModel
 from data_factory import DataLoaderFactory, sampling_seed
-from disk import write_arrays, write_whole
+from disk import read_arrays, write_arrays, write_whole
 from errors import BenchmarkError
 from filter_selection import FilterIndices
 from helpers import derive_seed
@@ -65,6 +64,8 @@ class Experiment:
         graph: its graph.
         environment_hash: of environment.json.
         tracker: is told of what happens.
+        run_id: of the records.
+        earlier: records of the same run by a process that did not finish it: what they hold is not measured again.
     """
 
     def __init__(
@@ -78,6 +79,9 @@ class Experiment:
         graph: ModelGraph,
         environment_hash: str,
         tracker: Tracker,
+        *,
+        run_id: str,
+        earlier: Sequence[Record] = (),
     ):
         self.settings = settings
         self.factory = factory
@@ -93,8 +97,10 @@ class Experiment:
         self.prunable = sum(width for layer, width in self.widths.items() if layer not in left_out)
         self.scoring_costs: dict[str, Any] = {}
         self.records: list[Record] = []
-        self.samples: dict[str, Sequence[float]] = {}  # of latency.npz
-        self.confusions: dict[str, Any] = {}  # of confusion.npz
+        self.earlier = {(record.stage, record.ratio, record.target): record for record in earlier}
+        # Of latency.npz and confusion.npz, which are written anew with each record.
+        self.samples: dict[str, Any] = read_arrays(run_dir / "latency.npz") if earlier else {}
+        self.confusions: dict[str, Any] = read_arrays(run_dir / "confusion.npz") if earlier else {}
         # The first test batch of the selected classes: every network of a run is timed on the same images.
         images = next(iter(self.loaders.test))[0]
         self.bench = Bench(
@@ -105,10 +111,9 @@ class Experiment:
             onnx=settings.inference_with_onnx,
             seed=settings.seed,
         )
-        fingerprint = config_hash(settings)
         self.identity = {
-            "run_id": f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{fingerprint[:8]}",
-            "config_hash": fingerprint,
+            "run_id": run_id,
+            "config_hash": config_hash(settings),
             "environment_hash": environment_hash,
             "seed": settings.seed,
             "method": settings.pruning.name,
@@ -142,6 +147,10 @@ class Experiment:
 
     def measure_dense(self) -> None:
         """The dense network with all logits, on the test images of all classes, the selected ones among them."""
+        if known := self.earlier.get(("dense", 0.0, None)):
+            self.reference = footprint_in(known)
+            self.records.append(known)
+            return
         log.info("Measuring the dense network ...")
         test = self.factory.get_dataloaders().test
         measured = measure_inference_time_and_accuracy(
@@ -152,14 +161,19 @@ class Experiment:
 
     def budgeted(self, choose: Callable[[float], FilterIndices], pruner: Pruner) -> list[Budgeted]:
         """The ratios at which the targets of `pruning.match` are met; `choose`: ratio -> filters to remove."""
-        match, target = self.settings.pruning.match, self.settings.pruning.target
+        match, targets = self.settings.pruning.match, self.settings.pruning.target
+        known = {
+            r.target: _found(r, choose(r.ratio)) for r in self.earlier.values() if r.stage == "pruned" and r.target
+        }
+        target = [share for share in targets if share not in known]
         log.info("Looking for the ratios that remove %s of %s ...", ", ".join(f"{t:g}" for t in target), match)
         if match == "latency":
             removed = self._latency_removed(pruner)
         else:
             classes = len(self.settings.selected_classes) if self.settings.replace_last_layer else None
             removed = removed_share(match, self.graph, classes, self.prunable)
-        return find_ratios(choose, removed, target, match)
+        found = {one.target: one for one in find_ratios(choose, removed, target, match)} | known
+        return [found[share] for share in targets]
 
     def _latency_removed(self, pruner: Pruner) -> Callable[[FilterIndices], float]:
         """The share of the latency that goes, as the records tell it, of the largest batch: built and timed."""
@@ -183,9 +197,15 @@ class Experiment:
 
         budgeted: the target that the ratio was found for.
         """
+        target = budgeted and budgeted.target
+        known = {stage: self.earlier.get((stage, ratio, target)) for stage in self._stages()}
+        first, second = known["pruned"], known.get("retrained")
+        if all(known.values()):
+            self.records += known.values()
+            self.tracker.ratio(self.records[0], first, second)
+            return
         removed = sum(map(len, indices.values()))
         log.info("Ratio %g: removing %d of %d prunable filters ...", ratio, removed, self.prunable)
-        target = budgeted and budgeted.target
         short = budgeted.note if budgeted else self.selector.shortfall(self.graph, ratio, indices)
         notes = [short] if short else []
         with peak_memory(self.device) as peak:
@@ -195,19 +215,33 @@ class Experiment:
         costs = self.scoring_costs | {"removal_seconds": seconds, "removal_peak_bytes": peak.bytes}
         costs["difference_from_masked"] = difference
         common = {"ratio": ratio, "indices": indices, "head": self._head(), "target": target}
-        measured = self._measure(pruned)
-        first, second = self._record(pruned, measured, stage="pruned", notes=notes, **common, **costs), None
-        if self.settings.training.retrain_after_pruning:
+        if first:
+            self.records.append(first)
+            costs |= {name: getattr(first, name) for name in costs}
+            footprint = footprint_in(first)
+        else:
+            measured = self._measure(pruned)
+            footprint = measured.footprint
+            first = self._record(pruned, measured, stage="pruned", notes=notes, **common, **costs)
+        if self.settings.training.retrain_after_pruning and second:
+            self.records.append(second)
+        elif self.settings.training.retrain_after_pruning:
             with peak_memory(self.device) as peak:
                 retrained, spent, fell = self._retrained(pruned, ratio)
             costs |= spent | {"retraining_peak_bytes": peak.bytes}
             notes = [*notes, fell] if fell else notes
             # The same shapes: what follows from them is known.
-            measured = self._measure(retrained, footprint=measured.footprint)
+            measured = self._measure(retrained, footprint=footprint)
             second = self._record(retrained, measured, stage="retrained", notes=notes, **common, **costs)
         self.tracker.ratio(self.records[0], first, second)
         if self.settings.training.train_pruned_from_scratch:
-            self._train_from_scratch(pruned, measured.footprint, common)
+            self._train_from_scratch(pruned, footprint, common)
+
+    def _stages(self) -> list[str]:
+        """What is recorded of each ratio, in this order."""
+        training = self.settings.training
+        more = {"retrained": training.retrain_after_pruning, "scratch": training.train_pruned_from_scratch}
+        return ["pruned", *(stage for stage, wanted in more.items() if wanted)]
 
     def _train_from_scratch(self, pruned: nn.Module, footprint: Footprint, common: dict[str, Any]) -> None:
         """The control that tells what the weights left are worth: the same architecture, its weights drawn anew."""
@@ -365,3 +399,9 @@ class Experiment:
         self.confusions[name] = measured.counts.confusion
         write_arrays(self.run_dir / "latency.npz", self.samples)
         write_arrays(self.run_dir / "confusion.npz", self.confusions)
+
+
+def _found(record: Record, indices: FilterIndices) -> Budgeted:
+    """What was found for a target, as the record of it tells."""
+    note = next((text for text in record.warnings if text.startswith(f"target {record.target:g} of ")), None)
+    return Budgeted(record.target, record.ratio, indices, record.reached, note)

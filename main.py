@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from command_line import launch
+from identity import run_identity
+from records import records_of
+from run_status import RunStatus
 from settings import check
 
 if TYPE_CHECKING:
     from records import Record
+    from settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +35,30 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
 
     Args:
         cfg: the composed configuration.
-        run_dir: where records, selections, plots and the environment go; Hydra's run directory by default.
+        run_dir: where records, selections, plots and the environment go; Hydra's run directory by default. What an
+            interrupted process left of the same run there is taken up, unless `resume` is false.
 
     Returns:
         The records, in the order they were measured: dense, then each ratio pruned and retrained. Ratio 0, nothing
-        removed and the head replaced, is always among them.
+        removed and the head replaced, is always among them. None of a sweep's run that another process is at.
 
     Raises:
         BenchmarkError: whatever the user can mend, before anything expensive where that is possible.
     """
     settings = check(cfg)  # before torch is imported
+    run_dir = Path(run_dir or HydraConfig.get().runtime.output_dir)
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    with RunStatus(run_dir, run_identity(cfg), resume=settings.resume, wait=not in_sweep) as status:
+        if not status.claimed:
+            log.info("%s: left to the process that is at it", run_dir)
+            return []
+        if status.done:
+            log.info("%s: done already, nothing is done; resume=false does it anew", run_dir)
+            return records_of(run_dir, status.run_id)
+        return _run(cfg, settings, run_dir, status)
+
+
+def _run(cfg: DictConfig, settings: Settings, run_dir: Path, status: RunStatus) -> list[Record]:
     from cache import dense_model
     from data_loader import get_data_factory
     from disk import write_json
@@ -48,18 +67,18 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     from pruner import get_pruner
     from records import environment, write_selections
     from report import table, write_report
-    from scores import obtain_scores
+    from scores import obtain_scores, weights_digest
     from selection import get_selector
     from structure import ModelGraph
     from tracking import get_tracker
 
     start = time.perf_counter()
-    run_dir = Path(run_dir or HydraConfig.get().runtime.output_dir)
     device = resolve_device(settings.device)
-    write_json(run_dir / "environment.json", environment(settings))
+    earlier = records_of(run_dir, status.run_id)
+    if not earlier:
+        write_json(run_dir / "environment.json", environment(settings))
     factory = get_data_factory(settings, device)
     around = environment(settings, factory.describe())
-    write_json(run_dir / "environment.json", around)
 
     train, validation, test = factory.get_dataloaders()
     log.info(
@@ -70,13 +89,18 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     with get_tracker(settings, run_dir, config) as tracker:
         dense = dense_model(settings, factory, device)
         tracker.curve("training", dense.history)
+        if not status.made_with(weights_digest(dense.model)):
+            earlier = []
+        elsewhere = earlier and earlier[0].environment_hash != around["hash"]  # where a run was begun stays told
+        write_json(run_dir / (f"environment-{around['hash'][:8]}.json" if elsewhere else "environment.json"), around)
         if not settings.selected_classes:
             settings, factory = choose_classes(settings, factory, dense.model, device)
         selector = get_selector(settings, factory)
         graph = ModelGraph(dense.model, factory.input_shape, settings.pruning.residual)
         with Experiment(
-            settings, factory, device, run_dir, selector, dense, graph, around["hash"], tracker
-        ) as experiment:
+            settings, factory, device, run_dir, selector, dense, graph, around["hash"], tracker,
+            run_id=status.run_id, earlier=earlier,
+        ) as experiment:  # fmt: skip
             scores, experiment.scoring_costs = obtain_scores(settings, selector, graph, factory, run_dir)
             selections = selector.select(graph, scores)
             experiment.measure_dense()

@@ -256,6 +256,12 @@ def read_records(path: str | Path) -> list[Record]:
     return records
 
 
+def records_of(run_dir: str | Path, run_id: str) -> list[Record]:
+    """The whole records of this run in its folder, none where nothing was recorded yet."""
+    path = Path(run_dir, "records.jsonl")
+    return [record for record in read_records(path) if record.run_id == run_id] if path.exists() else []
+
+
 def scan_records(path: str | Path) -> tuple[list[Record], list[str]]:
     """The whole records of a file, in the order written, and for each line that is none "line 3: not read: reason".
 

@@ -99,10 +99,19 @@ def _told(sweep: Sweep) -> list[str]:
     return [f"{len(sweep.runs)} runs, {len(sweep.records)} records", *words(sweep), *missing]
 
 
+def _status(run_dir: Path) -> str:
+    from sweep_plan import progress
+
+    told = progress(run_dir)
+    if told is None:
+        raise BenchmarkError(f"{run_dir}: no status.json in or below it; give the folder of a run or of a sweep")
+    return told
+
+
 def _records_of(run_dir: Path) -> list[Record]:
     path = run_dir / RECORDS
     if not path.is_file():
-        hint = "give the directory of a run, as outputs/DATE/TIME, or of a sweep, as multirun/DATE/TIME"
+        hint = "give the directory of a run, as outputs/DATE/TIME, or of a sweep, as multirun/NAME"
         raise BenchmarkError(f"{run_dir}: no {RECORDS} in it; {hint}")
     records = read_records(path)
     if not records:
@@ -113,9 +122,14 @@ def _records_of(run_dir: Path) -> list[Record]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dir", type=Path, help=f"directory of a run, with its {RECORDS}, or of a sweep")
-    run_dir = parser.parse_args(arguments).dir
+    parser.add_argument("--status", action="store_true", help="tell how far the runs are, and write nothing")
+    options = parser.parse_args(arguments)
+    run_dir = options.dir
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
+        if options.status:
+            print(_status(run_dir))
+            return 0
         if (run_dir / RECORDS).is_file() or not run_dir.is_dir():
             records = _records_of(run_dir)
             written, told = _write(run_dir, records), table(records)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from errors import BenchmarkError
 from records import Record, scan_records
+from run_status import STATUS, read_status
 
 RECORDS = "records.jsonl"
 
@@ -64,14 +65,31 @@ def read_sweep(root: str | Path) -> Sweep:
         told = "".join(f"\n  {problem}" for problem in problems)
         raise BenchmarkError(
             f"{root}: not one whole record in or below it; give the folder of a run or of a sweep, as "
-            f"outputs/DATE/TIME or multirun/DATE/TIME{told}"
+            f"outputs/DATE/TIME or multirun/NAME{told}"
         )
-    recorded = {run.path for run in found}
-    for config in sorted(root.glob("**/.hydra"), key=_by_number):
-        if config.parent not in recorded:
-            problems.append(f"{_name(root, config.parent)}: has no record yet; it failed, or is under way")
+    problems += _unfinished(root, {run.path for run in found})
     problems += _gaps([record for run in runs for record in run.records])
     return Sweep(root, tuple(runs), tuple(problems))
+
+
+def _unfinished(root: Path, recorded: set[Path]) -> list[str]:
+    """What the status files say of runs that are not done, and which folders have neither records nor a status."""
+    problems, known, queued = [], set(), 0
+    for path in sorted(root.glob(f"**/{STATUS}"), key=_by_number):
+        if (status := read_status(path.parent)) is None:
+            continue
+        known.add(path.parent)
+        name, some = _name(root, path.parent), "" if path.parent not in recorded else ", after some results"
+        queued += status.state == "queued"
+        if status.state == "failed":
+            problems.append(f"{name}: failed{some}: {status.reason}")
+        elif status.state == "running":
+            problems.append(f"{name}: {'stopped' if status.stopped else 'under way'}{some}")
+    problems += [f"{queued} {'run has' if queued == 1 else 'runs have'} not begun"] * (queued > 0)
+    for config in sorted(root.glob("**/.hydra"), key=_by_number):
+        if config.parent not in recorded | known:
+            problems.append(f"{_name(root, config.parent)}: has no record yet; it failed, or is under way")
+    return problems
 
 
 def _by_number(path: Path) -> list[tuple[int, int, str]]:
@@ -147,8 +165,9 @@ def _without_duplicates(runs: Sequence[Run], problems: list[str]) -> list[Run]:
 
 
 # What is no part of a variant: where things go, what is measured, and what says which block or target it is.
-_NO_SETTING = {"cache_dir", "hydra", "latency", "log_results", "pruning.pruning_ratio", "pruning.target", "run_name",
-               "sampling_seed", "save_pruned_models", "seed", "selected_classes", "subset", "wandb"}  # fmt: skip
+_NO_SETTING = {"cache_dir", "hydra", "latency", "log_results", "pruning.pruning_ratio", "pruning.target", "resume",
+               "run_name", "sampling_seed", "save_pruned_models", "seed", "selected_classes", "subset", "sweep",
+               "wandb"}  # fmt: skip
 
 
 def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:

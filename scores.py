@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import logging
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from cache import load_checked, made_once, save_checked
 from disk import write_whole
+from environment import code_digest
 from errors import ConfigError
 from filter_selection import Scores
 from memory import peak_memory
@@ -24,6 +28,7 @@ from structure import ModelGraph
 log = logging.getLogger(__name__)
 
 KEY = "pruning.scores_path"
+KIND = b"scores"
 VERSION = 1  # raised when a formula changes, so that scores of the old one are not taken for those of the new
 NUMBERS = (torch.float32, torch.float64, torch.int64)
 NO_SCORES = torch.empty(0)
@@ -36,31 +41,88 @@ def obtain_scores(
 ) -> tuple[Scores, dict[str, Any]]:
     """The scores of all prunable layers and what scoring cost, kept as `scores.npz` in the run directory.
 
-    The costs: seconds, images read, and the most memory in use. With `pruning.scores_path` all are read from there,
-    the costs being those of the run that made them.
+    The costs: seconds, images read, and the most memory in use. Runs that differ in what comes after the scores alone
+    score once: the first keeps them in `settings.cache_dir`, the costs among them, and the others wait for it. With
+    `pruning.scores_path` all are read from there.
 
     Raises:
         BenchmarkError: as `Criterion.score` does.
         ConfigError: the file is no scores file, was shaped otherwise, or lacks a layer.
     """
     facts = shaping_facts(settings, selector, graph, factory)
-    layers = selector.layers(graph)
     given = settings.pruning.scores_path
     if given is not None:
         scores, made_with = load_scores(given)
-        scores = _fitting(scores, made_with, facts, {layer: graph.conv(layer).out_channels for layer in layers}, given)
+        widths = {layer: graph.conv(layer).out_channels for layer in selector.layers(graph)}
+        scores = _fitting(scores, made_with, facts, widths, given)
         costs = {name: made_with.get(name) for name in COSTS}
         log.info("Scores reused, nothing is scored: %s (scoring took %.1f s)", given, costs["scoring_seconds"])
     else:
-        log.info("Scoring %d layers with %s ...", len(layers), settings.pruning.name)
-        images = selector.batches.num_images if selector.criterion.needs_data else 0
-        with peak_memory(next(graph.model.parameters()).device) as peak:
-            start = time.perf_counter()
-            scores = selector.score(graph)
-            seconds = time.perf_counter() - start
-        costs = dict(zip(COSTS, (seconds, images, peak.bytes), strict=True))
+        key = _cache_key(settings, facts, selector, graph)
+        name = f"{settings.pruning.name}-{settings.dataset.name}-{settings.model.name}-{key[:16]}.scores.pt"
+        path = Path(settings.cache_dir, name)
+        scores, costs = made_once(
+            path,
+            lambda: _from_cache(path, key),
+            lambda: _scored(settings, selector, graph, path, key),
+            f"scoring with {settings.pruning.name}",
+        )
     save_scores(run_dir / "scores.npz", scores, facts | costs)
     return scores, costs
+
+
+def _scored(
+    settings: Any, selector: PruningSelection, graph: ModelGraph, path: Path, key: str
+) -> tuple[Scores, dict[str, Any]]:
+    """Scores made now, and left in the cache where it can be written."""
+    log.info("Scoring %d layers with %s ...", len(selector.layers(graph)), settings.pruning.name)
+    images = selector.batches.num_images if selector.criterion.needs_data else 0
+    with peak_memory(next(graph.model.parameters()).device) as peak:
+        start = time.perf_counter()
+        scores = selector.score(graph)
+        seconds = time.perf_counter() - start
+    costs = dict(zip(COSTS, (seconds, images, peak.bytes), strict=True))
+    try:
+        save_checked(path, {"key": key, "scores": scores, "costs": costs}, KIND)
+    except OSError as error:
+        log.warning("Scores are not kept, the next run scores again: %s cannot be written (%s)", path, error)
+    return scores, costs
+
+
+def _from_cache(path: Path, key: str) -> tuple[Scores, dict[str, Any]] | None:
+    """None where there is no file, or one that is refused with a warning."""
+    try:
+        content = load_checked(path, KIND)
+        if content["key"] != key:
+            raise ValueError("they were made by other settings")
+        scores, costs = dict(content["scores"]), {name: content["costs"][name] for name in COSTS}
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # an intact checksum over foreign content can fail in any of these steps
+        log.warning("Cached scores %s are not used, it is scored again: %s", path, error)
+        return None
+    log.info("Scores reused, nothing is scored: %s (scoring took %.1f s)", path, costs["scoring_seconds"])
+    return scores, costs
+
+
+def _cache_key(settings: Any, facts: dict[str, Any], selector: PruningSelection, graph: ModelGraph) -> str:
+    """Stands for all that shapes the scores, down to the last bit: a criterion that was edited scores anew."""
+    more = {
+        "layers": selector.layers(graph),
+        "batch_size": settings.training.batch_size_test,  # sums over a batch round by its size
+        "device": next(graph.model.parameters()).device.type,
+        "torch": torch.__version__,
+        "code": [code_digest(), _source(type(selector.criterion))],
+    }
+    return hashlib.sha256(json.dumps([facts, more], sort_keys=True).encode()).hexdigest()
+
+
+def _source(criterion: type) -> str:
+    """The text of the file of a criterion, which may be the user's own; one typed into a console is never known again."""
+    try:
+        return Path(inspect.getfile(criterion)).read_text()
+    except (OSError, TypeError):
+        return uuid.uuid4().hex
 
 
 def shaping_facts(settings: Any, selector: PruningSelection, graph: ModelGraph, factory: Any) -> dict[str, Any]:

@@ -116,6 +116,11 @@ class WandbSettings:
 
 
 @dataclass(frozen=True)
+class SweepSettings:
+    dry_run: bool
+
+
+@dataclass(frozen=True)
 class Settings:
     """A checked configuration. Fields with a default are worked out by `check`, the others are keys of `config/`."""
 
@@ -130,6 +135,7 @@ class Settings:
     inference_with_onnx: bool
     cache_dir: Text
     save_pruned_models: bool
+    resume: bool
     training: TrainingSettings
     model: ModelSettings
     dataset: DatasetSettings
@@ -137,6 +143,7 @@ class Settings:
     subset: SubsetSettings
     latency: LatencySettings
     wandb: WandbSettings
+    sweep: SweepSettings
     class_names: tuple[str, ...] = ()  # of all classes of the dataset, by index
     variant: str = ""  # the method, and those of its settings that differ from its YAML
 

@@ -76,7 +76,13 @@ def damaged_environment(root):
         (twice_in_folders, 6, 42, "0: same configuration as 9, left out"),
         (empty, 5, 35, "0: records.jsonl is empty; the run failed, or is under way"),
         (failed, 5, 35, "0: has no record yet; it failed, or is under way"),
-        (gone, 5, 35, "ocap on digits, 3 random classes, resnet18: lacks 4 of 8 results that others have (seed 0, classes 0, 3, 6)"),
+        (
+            gone,
+            5,
+            35,
+            "ocap on digits, 3 random classes, resnet18: lacks 4 of 8 results that others have (seed 0, "
+            "classes 0, 3, 6)",
+        ),
         (no_selections, 6, 42, "0: has no selections.json"),
         (damaged_environment, 6, 42, "0: environment.json is damaged and was not read"),
     ],
