@@ -118,7 +118,7 @@ def _cache_key(settings: Any, facts: dict[str, Any], selector: PruningSelection,
 
 
 def _source(criterion: type) -> str:
-    """The text of the file of a criterion, which may be the user's own; one typed into a console is never known again."""
+    """The text of the file of a criterion, which may be the user's own; one typed into a console is never the same."""
     try:
         return Path(inspect.getfile(criterion)).read_text()
     except (OSError, TypeError):

@@ -1,0 +1,218 @@
+"""A run that an earlier process did not finish: what was measured stays, the rest is measured as it would have been."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import experiment
+import memory
+import metrics
+import run_status
+from records import read_records
+from run_status import Status, read_status
+from tests.test_main import job
+
+MEASURED = {"environment_hash", "run_id", "times", "removal_seconds", "removal_peak_bytes", "retraining_seconds",
+            "retraining_peak_bytes", "scoring_peak_bytes", "scoring_seconds", "training_seconds", "warnings",
+            "forward_peak_bytes", "scratch_seconds"}  # fmt: skip
+GONE = 2**22 + 1  # no process has this number
+MATCHED = ("pruning.match=macs", "pruning.target=[0.3,0.5]", "training.train_pruned_from_scratch=true")
+
+
+def figures(records):
+    """What two runs of one configuration have in common."""
+    return [{name: value for name, value in asdict(record).items() if name not in MEASURED} for record in records]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_memory_process():
+    with memory.ForwardMemory(torch.device("cpu")) as kept, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.ForwardMemory, "__exit__", lambda *_: None)
+        patch.setattr(metrics, "ForwardMemory", lambda device: kept)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(shared):
+    """Whole runs, made when they are first asked for, and what their command lines say."""
+    made = {}
+
+    def made_once(name):
+        overrides = MATCHED if name == "targets" else ()
+        if name not in made:
+            job(shared, name, *overrides)
+            made[name] = shared / name, overrides
+        return made[name]
+
+    return made_once
+
+
+@pytest.fixture
+def whole(runs):
+    return runs("ratios")
+
+
+def interrupted(whole: Path, folder: Path, lines: int, **changes) -> bytes:
+    """A copy of a whole run as a process leaves it that was killed after so many records; returns those."""
+    shutil.copytree(whole, folder)
+    kept = b"".join((whole / "records.jsonl").read_bytes().splitlines(keepends=True)[:lines])
+    (folder / "records.jsonl").write_bytes(kept)
+    status = replace(read_status(whole), **({"state": "running", "pid": GONE} | changes))
+    (folder / "status.json").write_text(json.dumps(asdict(status)))
+    return kept
+
+
+QUICK = {("ratios", 2), ("ratios", 5)}
+PLACES = [("ratios", lines) for lines in range(7)] + [("targets", lines) for lines in range(10)]
+
+
+@pytest.mark.parametrize(
+    "name, lines", [pytest.param(*place, marks=[] if place in QUICK else pytest.mark.slow) for place in PLACES]
+)
+def test_it_goes_on_after_any_record(name, lines, runs, tmp_path, monkeypatch, shared):
+    root, overrides = runs(name)
+    folder = tmp_path / "again"
+    kept = interrupted(root, folder, lines)
+    measured = []
+    true_measure = experiment.measure_inference_time_and_accuracy
+    monkeypatch.setattr(
+        experiment,
+        "measure_inference_time_and_accuracy",
+        lambda *args, **more: measured.append(args) or true_measure(*args, **more),
+    )
+    again = job(shared, str(folder), *overrides)
+    assert (folder / "records.jsonl").read_bytes().startswith(kept)
+    first = read_records(root / "records.jsonl")
+    assert figures(again) == figures(first) == figures(read_records(folder / "records.jsonl"))
+    assert len({record.run_id for record in again}) == 1 and again[0].run_id == first[0].run_id
+    assert len(measured) == len(first) - lines
+    status = read_status(folder)
+    assert status.state == "done" and status.attempts == 2
+    for name in ("latency.npz", "confusion.npz"):
+        with numpy.load(folder / name) as mine, numpy.load(root / name) as theirs:
+            assert mine.files == theirs.files
+            assert name == "latency.npz" or all((mine[key] == theirs[key]).all() for key in mine.files)
+    assert json.loads((folder / "selections.json").read_text()) == json.loads((root / "selections.json").read_text())
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_line_cut_short_is_measured_again(whole, tmp_path, shared):
+    root, overrides = whole
+    folder = tmp_path / "again"
+    kept = interrupted(root, folder, 3)
+    (folder / "records.jsonl").write_bytes(kept[:-40])
+    job(shared, str(folder), *overrides)
+    assert figures(read_records(folder / "records.jsonl")) == figures(read_records(root / "records.jsonl"))
+
+
+def test_nothing_is_done_where_it_is_done(whole, shared, monkeypatch):
+    root, overrides = whole
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    monkeypatch.setattr("main._run", None)
+    assert job(shared, root.name, *overrides) == read_records(root / "records.jsonl")
+    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_without_resume_it_is_done_anew(whole, shared, tmp_path):
+    root, overrides = whole
+    folder = tmp_path / "again"
+    shutil.copytree(root, folder)
+    again = job(shared, str(folder), *overrides, "resume=false")
+    everything = read_records(folder / "records.jsonl")
+    assert len(everything) == 2 * len(again) and everything[-1].run_id == again[-1].run_id != everything[0].run_id
+
+
+def test_records_of_another_dense_network_do_not_count(whole, shared, tmp_path, caplog):
+    root, overrides = whole
+    folder = tmp_path / "again"
+    interrupted(root, folder, 3, weights="0" * 64)
+    again = job(shared, str(folder), *overrides)
+    assert "not the one of this run's first records" in caplog.text
+    assert figures(again) == figures(read_records(root / "records.jsonl"))
+    assert again[0].run_id != read_records(root / "records.jsonl")[0].run_id
+
+
+def test_other_settings_in_the_same_folder_are_another_run(whole, shared, tmp_path):
+    root, overrides = whole
+    folder = tmp_path / "again"
+    shutil.copytree(root, folder)
+    again = job(shared, str(folder), *overrides, "training.retrain_after_pruning=false")
+    assert len({record.run_id for record in read_records(folder / "records.jsonl")}) == 2
+    assert {record.stage for record in again} <= {"dense", "pruned", "scratch"}
+
+
+def test_a_failure_is_told_and_tried_again(shared, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("two\nlines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "fit", fails)
+        with pytest.raises(RuntimeError):
+            job(shared, str(tmp_path / "run"))
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.reason, status.attempts) == ("failed", "RuntimeError: two lines", 1)
+    again = job(shared, str(tmp_path / "run"))
+    assert read_status(tmp_path / "run").state == "done" and [r.stage for r in again[:2]] == ["dense", "pruned"]
+    assert len(read_records(tmp_path / "run" / "records.jsonl")) == len(again)
+
+
+def test_scores_are_shared_where_only_what_comes_after_differs(shared, tmp_path, caplog):
+    caplog.set_level("INFO")
+    quick = ("training.retrain_after_pruning=false", "num_pruning_samples=17")
+    job(shared, str(tmp_path / "one"), "pruning.pruning_ratio=[0.4]", *quick)
+    assert "Scores reused" not in caplog.text
+    for change in ("pruning.pruning_ratio=[0.6]", "pruning.pruner=structure", "pruning.match=macs"):
+        caplog.clear()
+        more = ["pruning.target=[0.4]"] if "match" in change else []
+        job(shared, str(tmp_path / change), change, *more, *quick)
+        assert "Scores reused, nothing is scored" in caplog.text
+    one, other = (read_records(tmp_path / name / "records.jsonl")[-1] for name in ("one", "pruning.match=macs"))
+    assert one.scoring_seconds == other.scoring_seconds and one.scoring_images == other.scoring_images
+    caplog.clear()
+    job(shared, str(tmp_path / "other"), "pruning.pruning_ratio=[0.4]", *quick, "num_pruning_samples=18")
+    assert "Scores reused" not in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["flipped", "empty", "other version", "half"])
+def test_damaged_scores_are_made_again(damage, shared, tmp_path, caplog):
+    cache, quick = tmp_path / "cache", ("pruning.pruning_ratio=[0.4]", "training.retrain_after_pruning=false")
+    shutil.copytree(shared / "cache", cache, ignore=shutil.ignore_patterns("*.scores.pt"))
+    first = job(shared, str(tmp_path / "one"), f"cache_dir={cache}", *quick)
+    (path,) = cache.glob("*.scores.pt")
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(
+        {"empty": b"", "half": bytes(content[:2000]), "other version": b"scores of another age\n"}.get(
+            damage, bytes(content)
+        )
+    )
+    again = job(shared, str(tmp_path / "two"), f"cache_dir={cache}", *quick)
+    assert f"Cached scores {path} are not used" in caplog.text
+    assert figures(again) == figures(first)
+
+
+def test_a_status_that_cannot_be_read_is_none(tmp_path):
+    for content in ("", "[]", "{}", '{"state": 3, "identity": "x"}', '{"state": "done"', "null"):
+        (tmp_path / "status.json").write_text(content)
+        assert read_status(tmp_path) is None
+    assert read_status(tmp_path / "nowhere") is None
+
+
+def test_who_is_still_there():
+    mine = Status("running", "x", host=run_status.HOST, pid=1, heartbeat=0.0)
+    assert not mine.stopped and replace(mine, pid=GONE).stopped
+    assert replace(mine, host="elsewhere").stopped and not replace(mine, host="elsewhere", heartbeat=2e10).stopped
+    assert not replace(mine, state="done", pid=GONE).stopped
