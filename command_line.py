@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -35,12 +36,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data_places import require_dataset
+from environment import CODE
 from errors import BenchmarkError, ConfigError
 from identity import register_resolvers, run_identity
 from schema import listed
 from settings import CONFIG_DIR, check
 from sweep_plan import PlannedRun, dry_run, queue
 
+register_resolvers()  # here, since whoever runs a job imports this module, in whatever process
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
 # Of a larger sweep, only so many jobs are checked that each value is met: checking takes about 10 ms a job.
@@ -65,13 +68,20 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
             run(cfg)
         except Exception as error:
             message = explain(error)
-            if full_error or message is None:
+            if full_error or (message is None and not _in_sweep()):
                 raise
+            if message is None:  # a bug: its traceback is worth more than the other runs are, but not their loss
+                logging.getLogger().exception(_job_label())
+                message = f"{type(error).__name__}: {error}"
             failures.append(message)
             logging.getLogger().error(_job_label() + message)
 
     logging.raiseExceptions = full_error  # on a full disk the log file fails as well: the console has the message
-    register_resolvers()
+    # The jobs of a launcher are processes of their own, which have to find these modules.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
+    # Files of config/hydra/launcher have the names of the plugins' own: they are their choices with words added.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+    planned = None
     try:
         planned = check_arguments(sys.argv[1:])
         if planned is not None and planned.dry_run:
@@ -95,7 +105,7 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
             raise
         print(message, file=sys.stderr)
         return 1
-    return 1 if failures else 0
+    return 1 if failures or (planned is not None and planned.failed) else 0
 
 
 class SweepReport(Callback):
@@ -124,8 +134,11 @@ def _errors_passed_on() -> Iterator[None]:
 
 def _job_label() -> str:
     """Which job of a sweep speaks; nothing for a single run."""
-    config = HydraConfig.get()
-    return f"[{' '.join(config.overrides.task)}] " if config.mode == RunMode.MULTIRUN else ""
+    return f"[{' '.join(HydraConfig.get().overrides.task)}] " if _in_sweep() else ""
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def explain(error: BaseException) -> str | None:
@@ -183,6 +196,11 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     dry_run: bool
     resume: bool
+
+    @property
+    def failed(self) -> bool:
+        """Whether any run has: a launcher's jobs are other processes, which tell it by their status files alone."""
+        return any(run.state == "failed" for run in self.runs)
 
 
 def check_arguments(arguments: Sequence[str]) -> Plan | None:

@@ -41,11 +41,13 @@ class PairedTimes:
     """Milliseconds of passes of two networks, entry i of both measured one after the other.
 
     steady: they no longer got faster when the warm-up ended; without a warm-up nobody looked, and it is true.
+    others: runs of the benchmark that were at work on the same machine.
     """
 
     dense_ms: tuple[float, ...]
     model_ms: tuple[float, ...]
     steady: bool
+    others: int = 0
 
     @property
     def median_ms(self) -> float:
@@ -75,7 +77,7 @@ class PairedTimes:
     def noisy(self) -> bool:
         """Whether the times spread too far, or are too few, to say anything."""
         ratio, low, high = self.ratio()
-        return not self.steady or self.few or high - low > WIDEST_INTERVAL * ratio
+        return not self.steady or self.others > 0 or self.few or high - low > WIDEST_INTERVAL * ratio
 
 
 def time_in_pairs(

@@ -22,6 +22,7 @@ from errors import BenchmarkError
 from helpers import Batches, derive_seed
 from latency import PairedTimes, Pass, batch_of, clock_of, distinct, laid_out, threads, time_in_pairs, torch_pass
 from memory import ForwardMemory
+from neighbours import others
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +113,13 @@ class Bench:
         plan = {name: getattr(self.latency, name) for name in ("repeats", "warmup", "seconds")}
         plan["clock"] = clock_of(self.device)
         dense = self._dense_passes(engine)
-        return {
-            (engine, size): time_in_pairs(dense[size], run, **plan, seed=derive_seed(self.seed, f"{engine} {size}"))
-            for size, run in passes.items()
-            if size in dense
-        }
+        times = {}
+        for size, run in passes.items():
+            if size in dense:
+                before = others()
+                pairs = time_in_pairs(dense[size], run, **plan, seed=derive_seed(self.seed, f"{engine} {size}"))
+                times[engine, size] = replace(pairs, others=max(before, others()))
+        return times
 
     def torch_passes(self, model: nn.Module) -> dict[int, Pass]:
         model = laid_out(model, self.device)
@@ -210,5 +213,7 @@ def _noise(times: Mapping[tuple[str, int], PairedTimes]) -> Sequence[str]:
         if pairs.noisy:
             few = f"only {len(pairs.model_ms)} pairs of passes" if pairs.few else "the times spread too far"
             why = few if pairs.steady else "the passes never got steady"
+            if pairs.others:
+                why = "another run was at work" if pairs.others == 1 else f"{pairs.others} other runs were at work"
             notes.append(f"latency, {engine}, batch of {size}: says nothing, {why}")
     return notes

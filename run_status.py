@@ -16,6 +16,7 @@ from types import TracebackType
 from disk import HOST, disk_errors, is_running, write_whole
 from errors import BenchmarkError
 from locks import locked
+from neighbours import at_work
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class RunStatus:
     def __enter__(self) -> RunStatus:
         with disk_errors(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._at_work = at_work()
         self._lock = locked(self.run_dir / LOCK, "at this run", wait=self.wait)
         self.claimed = self._lock.__enter__()
         if not self.claimed:
@@ -140,6 +142,7 @@ class RunStatus:
             )  # fmt: skip
             self._before = self.status.seconds
             _write(self.run_dir, self.status)
+        self._at_work.__enter__()
         self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._beating.start()
 
@@ -156,6 +159,7 @@ class RunStatus:
             _write(self.run_dir, self.status)
 
     def _end(self, error: BaseException | None) -> None:
+        self._at_work.__exit__(None, None, None)
         self._over.set()
         self._beating.join()
         if error is None:

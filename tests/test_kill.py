@@ -84,7 +84,7 @@ def is_tidy(folder: Path) -> bool:
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(tmp_path, record_property):
     moments = random.Random(6)
-    calm, shaken = tmp_path / "calm", tmp_path / "shaken 0"
+    calm, shaken = tmp_path / "calm", tmp_path / "shaken_0"
     calm.mkdir(), shaken.mkdir()
     finished(calm, *SWEPT)
     assert len(read_sweep(calm / "sweep").runs) == 24
@@ -97,7 +97,7 @@ def test_fifty_kills_change_nothing(tmp_path, record_property):
         if process.poll() is not None:  # it got through: another one is to be shaken
             assert process.returncode == 0
             check_same(shaken, calm)
-            shaken, sweeps = tmp_path / f"shaken {sweeps}", sweeps + 1
+            shaken, sweeps = tmp_path / f"shaken_{sweeps}", sweeps + 1
             shaken.mkdir()
             continue
         os.kill(process.pid, signal.SIGKILL)
