@@ -21,9 +21,9 @@ from run_status import Status, read_status
 from scores import KIND, _from_cache
 from tests.test_main import job
 
-MEASURED = {"config_hash", "environment_hash", "run_id", "times", "removal_seconds", "removal_peak_bytes", "retraining_seconds",
+MEASURED = {"environment_hash", "run_id", "times", "removal_seconds", "removal_peak_bytes", "retraining_seconds",
             "retraining_peak_bytes", "scoring_peak_bytes", "scoring_seconds", "training_seconds", "warnings",
-            "forward_peak_bytes", "scratch_seconds"}  # fmt: skip
+            "forward_peak_bytes", "scratch_seconds", "config_hash"}  # fmt: skip
 GONE = 2**22 + 1  # no process has this number
 MATCHED = ("pruning.match=macs", "pruning.target=[0.3,0.5]", "training.train_pruned_from_scratch=true")
 
