@@ -59,7 +59,7 @@ def obtain_scores(
         log.info("Scores reused, nothing is scored: %s (scoring took %.1f s)", given, costs["scoring_seconds"])
     else:
         key = _cache_key(settings, facts, selector, graph)
-        name = f"{settings.pruning.name}-{settings.dataset.name}-{settings.model.name}-{key[:16]}.scores.pt"
+        name = f"{settings.pruning.name}-{settings.dataset.name}-{settings.model.name}-{key[:16]}.scores"
         path = Path(settings.cache_dir, name)
         scores, costs = made_once(
             path,

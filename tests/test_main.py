@@ -22,6 +22,7 @@ from errors import ConfigError
 from filter_selection.ocap import OCAP
 from main import run
 from records import read_records
+from run_status import read_status
 from settings import CONFIG_DIR
 from tests.formats import write_cifar10
 from tests.wandb_file import read_run
@@ -375,7 +376,7 @@ def run_cifar10(tmp_path: Path, model: str):
     done = subprocess.run([sys.executable, str(MAIN), *overrides], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ocap | " + model in done.stdout
-    assert not (tmp_path / "cache").exists()  # nothing was trained, so nothing is kept
+    assert not list((tmp_path / "cache").glob("*.pt"))  # nothing was trained, so nothing is kept
     return read_records(tmp_path / "run" / "records.jsonl")
 
 
@@ -387,8 +388,11 @@ def test_a_sweep_goes_on_after_a_job_that_fails(first, shared, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and f"{tmp_path}/none" in done.stderr
-    assert not (tmp_path / "0" / "records.jsonl").exists()
-    assert len(read_records(tmp_path / "1" / "records.jsonl")) == 4
+    (failed,), (done,) = tmp_path.glob("ocap-resnet18-cifar10-*"), tmp_path.glob("ocap-resnet18-digits-*")
+    assert not (failed / "records.jsonl").exists() and f"{tmp_path}/none" in read_status(failed).reason
+    assert len(read_records(done / "records.jsonl")) == 4
+    (missing,) = [line for line in (tmp_path / "comparison.md").read_text().splitlines() if failed.name in line]
+    assert "failed: " in missing and f"{tmp_path}/none" in missing
 
 
 def read_json(path: Path):

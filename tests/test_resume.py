@@ -189,9 +189,9 @@ def test_scores_are_shared_where_only_what_comes_after_differs(shared, tmp_path,
 
 def test_damaged_scores_are_made_again(shared, tmp_path, caplog):
     cache, quick = tmp_path / "cache", ("pruning.pruning_ratio=[0.4]", "training.retrain_after_pruning=false")
-    shutil.copytree(shared / "cache", cache, ignore=shutil.ignore_patterns("*.scores.pt"))
+    shutil.copytree(shared / "cache", cache, ignore=shutil.ignore_patterns("*.scores"))
     first = job(shared, str(tmp_path / "one"), f"cache_dir={cache}", *quick)
-    (path,) = cache.glob("*.scores.pt")
+    (path,) = cache.glob("*.scores")
     content = path.read_bytes()
     key = load_checked(path, KIND)["key"]
     middle = len(content) // 2
