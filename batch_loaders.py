@@ -4,6 +4,8 @@ Both kinds hold no more than 8-bit pixels, and turn one batch at a time into flo
 function of (seed, loader name, epoch) alone: not of the global generators, nor of the number of workers.
 """
 
+import logging
+import multiprocessing
 import os
 import signal
 from abc import ABC, abstractmethod
@@ -21,6 +23,8 @@ from torchvision.transforms import functional as transforms
 from data_files import read_image
 from errors import BenchmarkError
 from helpers import generator
+
+log = logging.getLogger(__name__)
 
 CROP_PADDING = 4  # pixels of black on each side before a random crop; He et al., CVPR 2016, section 4.2
 RESIZE_OVER_CROP = 256 / 224  # evaluation size before and after the centre crop; torchvision's ImageNet recipe
@@ -184,14 +188,16 @@ class FolderLoader(BatchLoader):
 
     def _decoded(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """uint8 [B, H, W, 3] a batch, by worker processes that live as long as the iteration."""
+        workers = self.num_workers if _may_have_children(self.num_workers) else 0
         loader = DataLoader(
             self._images,
             batch_sampler=self._requests(batches),
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_leave_interrupts_to_the_parent,
             pin_memory=self.device.type == "cuda",
             generator=self._generator("workers"),
+            multiprocessing_context=_context() if workers else None,
         )
         try:
             for pixels in loader:
@@ -246,6 +252,20 @@ class _ImageFiles(Dataset):
             torch.default_generator.manual_seed(seed)
             image = self.random_crop(image)
             return transforms.hflip(image) if torch.rand(()) < 0.5 else image
+
+
+def _may_have_children(wanted: int) -> bool:
+    """Whether this process may start any: a launcher's daemonic one may not, and images are then decoded in it."""
+    if wanted and multiprocessing.current_process().daemon:
+        log.warning("dataset.num_workers: %d; a daemonic process may not start others, 0 are used", wanted)
+        return False
+    return True
+
+
+def _context() -> str | None:
+    """How worker processes start: as is usual on this platform, also where a launcher has put in a way of its own."""
+    usual = multiprocessing.get_all_start_methods()
+    return None if multiprocessing.get_start_method(allow_none=True) in (None, *usual) else usual[0]
 
 
 def _cores() -> int:

@@ -1,0 +1,143 @@
+"""Sweeps whose runs are other processes: of this machine, or jobs of a cluster that this machine plays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import neighbours
+from run_status import read_status
+from runs import read_sweep
+from tests.formats import IMAGENETTE_WNIDS, write_image_folder
+from tests.test_main import MAIN
+
+SMALL = ["device=cpu", "dataset.samples_per_class=20", "training.epochs=2", "training.retrain_epochs=1",
+         "latency.repeats=1", "latency.warmup=0", "latency.batch_sizes=[1]", "pruning.pruning_ratio=[0.5]"]  # fmt: skip
+SLURM = Path(__file__).parent / "cluster" / "slurm.sh"
+JOBS = ["hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1",
+        "hydra.launcher.mem_gb=2", "hydra.launcher.stderr_to_stdout=true"]  # fmt: skip
+
+
+def sweep(folder: Path, *overrides: str, **more) -> subprocess.Popen:
+    command = [sys.executable, str(MAIN), "-m", *SMALL, *overrides, f"hydra.sweep.dir={folder / 'sweep'}"]
+    with (folder / "output.txt").open("ab") as output:
+        return subprocess.Popen(
+            [*command, f"cache_dir={folder / 'cache'}"], cwd=folder, stdout=output, stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | more,
+        )  # fmt: skip
+
+
+def states(folder: Path) -> dict[str, str]:
+    found = {path.name.split("-")[0]: read_status(path) for path in (folder / "sweep").glob("*-*")}
+    return {name: "stopped" if status.stopped else status.state for name, status in found.items() if status}
+
+
+def said(folder: Path) -> str:
+    return (folder / "output.txt").read_text(errors="replace")
+
+
+def test_joblib_runs_two_at_a_time_and_tells_of_the_one_that_fails(tmp_path):
+    """Each is a process of its own; what it says of its end reaches the table and the exit code."""
+    process = sweep(tmp_path, "hydra/launcher=joblib", "pruning=ocap,random", "dataset=digits,gtsrb",
+                    f"dataset.root={tmp_path}/none")  # fmt: skip
+    assert process.wait() == 1 and "Traceback" not in said(tmp_path), said(tmp_path)[-3000:]
+    found = read_sweep(tmp_path / "sweep")
+    assert sorted(run.records[0].method for run in found.runs) == ["ocap", "random"]
+    failed = [problem for problem in found.problems if ": failed: " in problem]
+    assert len(failed) == 2 and all(f"{tmp_path}/none" in problem for problem in failed)
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == 1
+    # both digits runs were timed while another process was at a run, or by themselves: it is said which
+    timed = [timing for run in found.runs for record in run.records for timing in record.times]
+    assert timed and all(timing.noisy for timing in timed)  # one pair of passes says nothing anyway
+
+
+def test_joblibs_processes_may_have_data_workers(tmp_path):
+    write_image_folder(tmp_path / "data", IMAGENETTE_WNIDS, images_per_class=4)
+    process = sweep(
+        tmp_path, "hydra/launcher=joblib", "dataset=imagenette", f"dataset.root={tmp_path}/data", "seed=1,2",
+        "dataset.num_workers=1", "dataset.image_size=64", "dataset.samples_per_class=4", "training.batch_size_train=8",
+        "num_pruning_samples=3", "training.epochs=1", "selected_classes=[0,1,2]",
+    )  # fmt: skip
+    assert process.wait() == 0, said(tmp_path)[-3000:]
+    assert len(read_sweep(tmp_path / "sweep").runs) == 2
+
+
+@pytest.mark.slow
+def test_submitit_on_this_machine(tmp_path):
+    assert sweep(tmp_path, "hydra/launcher=submitit_local", "pruning=ocap,random").wait() == 0, said(tmp_path)[-3000:]
+    found = read_sweep(tmp_path / "sweep")
+    assert len(found.runs) == 2 and not found.problems
+
+
+def test_who_is_at_work_is_seen_by_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import sys, neighbours\nwith neighbours.at_work():\n    print('here', flush=True)\n    sys.stdin.read()"
+    assert neighbours.others() == 0
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=MAIN.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == "here\n"
+        assert neighbours.others() == 1
+        other.kill()
+    assert neighbours.others() == 0  # whoever was killed does not count
+    with neighbours.at_work():
+        assert neighbours.others() == 0
+    assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """The environment in which SLURM's commands find a cluster of one node."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))):
+        pytest.skip("needs root, and Debian's packages slurm-wlm and munge")
+    folder = tmp_path / "slurm"
+    subprocess.run(["bash", str(SLURM), "start", str(folder)], check=True)
+    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run(["bash", str(SLURM), "stop", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_slurm_sweep_survives_a_cancelled_job(tmp_path, cluster):
+    """One of the jobs is cancelled, one fails; the same command submits what is missing, and the table is whole."""
+    swept = ["pruning=ocap,random,ln_structured", *JOBS]
+    waiting = sweep(tmp_path, *swept, **cluster)
+    deadline = time.monotonic() + 240
+    while states(tmp_path).get("ocap") != "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    queue = subprocess.run(
+        ["squeue", "--noheader", "--array", "--format=%i"], env=os.environ | cluster, capture_output=True, text=True
+    )
+    (first,) = [job for job in queue.stdout.split() if job.endswith("_0")]
+    subprocess.run(["scancel", first], env=os.environ | cluster, check=True)
+    while list(states(tmp_path).values()).count("done") < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    while states(tmp_path)["ocap"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert states(tmp_path) == {"ocap": "stopped", "random": "done", "ln_structured": "done"}
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(60) in (1, 130)
+    assert sweep(tmp_path, *swept, **cluster).wait() == 0, said(tmp_path)[-3000:]
+    found = read_sweep(tmp_path / "sweep")
+    assert sorted(run.records[0].method for run in found.runs) == ["ln_structured", "ocap", "random"]
+    assert not found.problems and {status for status in states(tmp_path).values()} == {"done"}
+    assert "not begun" not in (tmp_path / "sweep/comparison.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_fails_leaves_the_others_whole(tmp_path, cluster):
+    process = sweep(
+        tmp_path, "pruning=random", "dataset=cifar10,digits", f"dataset.root={tmp_path}/none", *JOBS, **cluster
+    )
+    assert process.wait() == 1
+    found = read_sweep(tmp_path / "sweep")
+    assert len(found.runs) == 1 and any(": failed: " in problem and "/none" in problem for problem in found.problems)
+    assert f"{tmp_path}/none" in (tmp_path / "sweep/comparison.md").read_text()
