@@ -278,7 +278,10 @@ def test_the_traceback_is_shown_on_request(job, tmp_path):
 
 def test_an_interrupt_is_one_line(job, tmp_path):
     command = job("run_name=wait")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's child would ignore it
+    ) as process:  # fmt: skip
         assert process.stdout.readline() == "running 42\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)

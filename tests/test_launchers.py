@@ -32,6 +32,7 @@ def sweep(folder: Path, *overrides: str, **more) -> subprocess.Popen:
         return subprocess.Popen(
             [*command, f"cache_dir={folder / 'cache'}"], cwd=folder, stdout=output, stderr=output,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | more,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's child would ignore it
         )  # fmt: skip
 
 
