@@ -89,7 +89,7 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, status: RunStatus) 
     with get_tracker(settings, run_dir, config) as tracker:
         dense = dense_model(settings, factory, device)
         tracker.curve("training", dense.history)
-        if not status.made_with(weights_digest(dense.model)):
+        if not status.same_origin(f"{weights_digest(dense.model)} {factory.fingerprint()}"):
             earlier = []
         elsewhere = earlier and earlier[0].environment_hash != around["hash"]  # where a run was begun stays told
         write_json(run_dir / (f"environment-{around['hash'][:8]}.json" if elsewhere else "environment.json"), around)

@@ -32,7 +32,7 @@ class Status:
     state: str
     identity: str
     run_id: str | None = None
-    weights: str | None = None  # sha256 of the dense network's
+    origin: str | None = None  # what the records are of: sha256 of the dense network's weights, and of the images
     attempts: int = 0
     host: str | None = None
     pid: int | None = None
@@ -120,13 +120,13 @@ class RunStatus:
         """The same for all attempts at one run."""
         return self.status.run_id
 
-    def made_with(self, weights: str) -> bool:
-        """Whether earlier attempts measured the dense network of these weights; if not, the run begins anew."""
-        same = self.status.weights in (None, weights)
+    def same_origin(self, origin: str) -> bool:
+        """Whether earlier attempts measured this dense network on these images; if not, the run begins anew."""
+        same = self.status.origin in (None, origin)
         if not same:
-            log.warning("The dense network is not the one of this run's first records: they do not count")
+            log.warning("Dense network or images are not those of this run's first records: these do not count")
             self._put(run_id=_new_id(self.identity))
-        self._put(weights=weights)
+        self._put(origin=origin)
         return same
 
     def _begin(self) -> None:

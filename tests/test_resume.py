@@ -139,9 +139,9 @@ def test_without_resume_it_is_done_anew(whole, shared, tmp_path):
 def test_records_of_another_dense_network_do_not_count(whole, shared, tmp_path, caplog):
     root, overrides = whole
     folder = tmp_path / "again"
-    interrupted(root, folder, 3, weights="0" * 64)
+    interrupted(root, folder, 3, origin="0" * 64)
     again = job(shared, str(folder), *overrides)
-    assert "not the one of this run's first records" in caplog.text
+    assert "not those of this run's first records" in caplog.text
     assert figures(again) == figures(read_records(root / "records.jsonl"))
     assert again[0].run_id != read_records(root / "records.jsonl")[0].run_id
 
