@@ -38,7 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_places import require_dataset
 from environment import CODE
 from errors import BenchmarkError, ConfigError
-from identity import register_resolvers, run_identity
+from identity import LENGTH, register_resolvers, run_identity
 from schema import listed
 from settings import CONFIG_DIR, check
 from sweep_plan import PlannedRun, dry_run, queue
@@ -48,6 +48,8 @@ VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
 # Of a larger sweep, only so many jobs are checked that each value is met: checking takes about 10 ms a job.
 MAX_JOBS_CHECKED = 256
+# Of a larger one nobody is told beforehand which runs there will be; each has a status from when it begins.
+MAX_JOBS_PLANNED = 4096
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
                 errno.ELOOP}  # fmt: skip
@@ -261,7 +263,12 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan 
         if settings.sweep.dry_run:
             raise ConfigError("sweep.dry_run: true; lists the runs of a sweep, which needs --multirun")
         return None
-    jobs = itertools.product(*([value for value in _values(override, parser)] for override in overrides))
+    alternatives = [_values(override, parser) for override in overrides]
+    if (count := math.prod(map(len, alternatives))) > MAX_JOBS_PLANNED:
+        if settings.sweep.dry_run:
+            raise ConfigError(f"sweep.dry_run: true; {count} runs are too many to list, {MAX_JOBS_PLANNED} at most")
+        return None
+    jobs = itertools.product(*alternatives)
     sweep_dir = composer.sweep_dir([_values(override, parser)[0] for override in overrides], _task(given))
     runs = tuple(composer.planned(number, job, sweep_dir) for number, job in enumerate(jobs))
     return Plan(runs, settings.sweep.dry_run, settings.resume)
@@ -335,13 +342,24 @@ class _Composer:
     def planned(self, number: int, job: Sequence[Override], sweep_dir: Path) -> PlannedRun:
         """The run of the job with this number."""
         cfg = self.compose(job)
-        full = deepcopy(self._composed(job)[0])
+        identity = run_identity(cfg)
+        told = tuple(text for text in _task(job) if not text.startswith(("resume=", "sweep.")))
+        return PlannedRun(told, sweep_dir / self._subdir(number, job, cfg, identity), identity)
+
+    def _subdir(self, number: int, job: Sequence[Override], cfg: DictConfig, identity: str) -> str:
+        """What hydra.sweep.subdir says of this job."""
+        full = self._composed(job)[0]
+        text = full.hydra.sweep._get_node("subdir")._value().replace("${run_hash:}", identity[:LENGTH])
+        if not re.search(r"hydra|:", text):  # resolved without Hydra's own part, whose copy takes most of the time
+            with open_dict(cfg):
+                cfg.subdir_of_run = text
+            return str(cfg.subdir_of_run)
+        full = deepcopy(full)
         OmegaConf.set_readonly(full.hydra, False)
         full.hydra.job.num, full.hydra.job.id, full.hydra.overrides.task = number, str(number), _task(job)
         with open_dict(full):
             full.merge_with(cfg)
-        told = tuple(text for text in _task(job) if not text.startswith(("resume=", "sweep.")))
-        return PlannedRun(told, sweep_dir / str(full.hydra.sweep.subdir), run_identity(cfg))
+        return str(full.hydra.sweep.subdir)
 
     def _composed(self, job: Sequence[Override]) -> tuple[DictConfig, DictConfig]:
         key = tuple(override.input_line for override in job if not self._sets_a_value(override))

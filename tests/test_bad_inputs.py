@@ -279,7 +279,7 @@ def test_folders_that_hold_no_run(tmp_path, capsys):
 
 
 def test_damaged_companions_cost_no_record(whole, tmp_path, capsys):
-    for name in ("selections.json", "environment.json", "status.json", "latency.npz", "scores.npz"):
+    for name in ("selections.json", "environment.json", "status.json"):
         folder = tmp_path / name
         shutil.copytree(whole / "run", folder)
         (folder / name).write_bytes(b"\x00damaged")

@@ -137,6 +137,7 @@ def test_two_sweeps_at_once_share_the_work(tmp_path):
     assert is_tidy(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_started_twice_is_done_once(tmp_path):
     """A single run waits for the other, and finds everything done."""
     run = [sys.executable, str(MAIN), *SMALL, "training.retrain_after_pruning=false", "pruning=random",

@@ -60,6 +60,7 @@ def test_joblib_runs_two_at_a_time_and_tells_of_the_one_that_fails(tmp_path):
     assert timed and all(timing.noisy for timing in timed)  # one pair of passes says nothing anyway
 
 
+@pytest.mark.slow
 def test_joblibs_processes_may_have_data_workers(tmp_path):
     write_image_folder(tmp_path / "data", IMAGENETTE_WNIDS, images_per_class=4)
     process = sweep(

@@ -127,6 +127,7 @@ def test_nothing_is_done_where_it_is_done(whole, shared, monkeypatch):
     assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_without_resume_it_is_done_anew(whole, shared, tmp_path):
     root, overrides = whole
     folder = tmp_path / "again"
@@ -146,6 +147,7 @@ def test_records_of_another_dense_network_do_not_count(whole, shared, tmp_path, 
     assert again[0].run_id != read_records(root / "records.jsonl")[0].run_id
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_another_run(whole, shared, tmp_path):
     root, overrides = whole
     folder = tmp_path / "again"
