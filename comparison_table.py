@@ -128,7 +128,11 @@ def _area_words(sweep: Sweep) -> list[str]:
         if len(found) > 1:
             order = ", ".join(f"{area.variant} {estimate(area.accuracy)}" for area in found)
             span = f"{100 * found[0].low:.0f} to {100 * found[0].high:.0f} %"
-            told.append(f"Mean accuracy over {span} of the MACs, {task}, {model}: {order}.")
+            pairs = found[0].accuracy.n
+            few = f" ({pairs} {'pair' if pairs == 1 else 'pairs'} of subset and seed: that is no order)"
+            told.append(
+                f"Mean accuracy over {span} of the MACs, {task}, {model}: {order}{few * (pairs < FEWEST_BLOCKS)}."
+            )
     return told
 
 

@@ -276,7 +276,7 @@ def scan_records(path: str | Path) -> tuple[list[Record], list[str]]:
             continue
         try:
             records.append(Record.from_json(line.decode()))
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             # Every line ends with a line break, so a last one without is what an interrupted run had begun to write.
             reason = "cut short, the run was interrupted" if number == len(lines) else error
             problems.append(f"line {number}: not read: {reason}")

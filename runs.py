@@ -59,7 +59,12 @@ def read_sweep(root: str | Path) -> Sweep:
     """
     root = Path(root)
     problems: list[str] = []
-    found = [_read_run(root, path.parent, problems) for path in sorted(root.glob(f"**/{RECORDS}"), key=_by_number)]
+    found = []
+    for path in sorted(root.glob(f"**/{RECORDS}"), key=_by_number):
+        try:
+            found.append(_read_run(root, path.parent, problems))
+        except BenchmarkError as error:
+            problems.append(f"{_name(root, path.parent)}: {error}")
     runs = _set_apart(_without_duplicates([run for run in found if run.records], problems), problems)
     if not runs:
         told = "".join(f"\n  {problem}" for problem in problems)
@@ -178,6 +183,14 @@ def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
         for key in set().union(*told):
             if len({settings.get(key) for settings in told}) > 1:
                 varied[place[:3]].add(key)
+    for alike in _same_task(runs).values():
+        told = {run.name: _told(run) for run in alike}
+        for key in set().union(*told.values()) - _IN_A_RECORD:
+            if len({settings.get(key) for settings in told.values()}) > 1:
+                for run in alike:
+                    first = run.records[0]
+                    if f" {key.rpartition('.')[2]}=" not in first.variant:  # else its name says it already
+                        varied[first.dataset, first.model, first.variant].add(key)
     named = []
     for run in runs:
         first, told = run.records[0], _told(run)
@@ -195,6 +208,18 @@ def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
         for name, same in lost.items()
     ]
     return [run for run in named if run.name not in lost]
+
+
+# What every record says by itself, and comparisons and variants are made by.
+_IN_A_RECORD = {"dataset", "model", "pruning", "pruning.match", "pruning.scoring_classes",
+                "pruning.pruning_scope", "pruning.scores_path"}  # fmt: skip
+
+
+def _same_task(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
+    found: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        found[task_of(run.records[0]), run.records[0].model].append(run)
+    return found
 
 
 def _places(runs: Iterable[Run]) -> dict[tuple, list[Run]]:

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from comparison import STAGES, Resampling, Setting, met, setting_of, settings_of, standings
+from comparison import STAGES, Cells, Resampling, Setting, cells_of, setting_of, settings_of, standings
 from plot_labels import label_column
 from plot_style import INK, PALE, STYLE, variant_style
 from records import Record
@@ -67,7 +67,9 @@ def accuracy_over_latency(sweep: Sweep) -> Figure | None:
 
 def _curves(sweep: Sweep, place: Place, label: str, what: str) -> Figure | None:
     """A row a task and model, a column a stage; a line a variant through its means at each target."""
-    records = [record for record in sweep.records if place(record) is not None]
+    records = sweep.records
+    if not any(record.ratio and place(record) is not None for record in records):
+        return None
     rows, columns = panels_of(records), stages_of(records)
     if not rows:
         return None
@@ -121,22 +123,31 @@ def _name_curves(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) ->
 
 
 def _means(records: Sequence[Record], place: Place) -> dict[str, list[tuple]]:
-    """variant -> (place in %, accuracy in %, its low, its high) by place, each a mean over blocks at one target."""
-    found: dict[tuple, dict[float, dict]] = defaultdict(lambda: defaultdict(dict))
+    """variant -> (place in %, accuracy in %, its low, its high) by place, each a mean over blocks at one target.
+
+    The blocks are those of the table, which all variants have; where the place of some is not known, it is a mean over
+    the others.
+    """
+    points: dict[str, list[tuple]] = defaultdict(list)
+    levels = [cells_of(records, setting) for setting in settings_of(records)] + [_nothing_removed(records)]
+    for cells in levels:
+        resampling = Resampling(cells.blocks) if cells.blocks else None
+        for variant, row in cells.records.items():
+            places = [share for record in row if (share := place(record)) is not None]
+            if places:
+                accuracy = resampling.mean([100 * record.accuracy for record in row])
+                points[variant].append((100 * sum(places) / len(places), accuracy.value, accuracy.low, accuracy.high))
+    return {variant: sorted(row) for variant, row in points.items() if len(row) > 1}
+
+
+def _nothing_removed(records: Sequence[Record]) -> Cells:
+    """Ratio 0 of every variant, on the blocks that all have."""
+    found: dict[str, dict] = defaultdict(dict)
     for record in records:
-        if met(record):
-            level = (record.target or 0.0) if record.match else record.ratio
-            found[record.variant][level][block_of(record)] = record
-    lines = {}
-    for variant, levels in found.items():
-        points = []
-        for blocks in levels.values():
-            row = [blocks[block] for block in sorted(blocks)]
-            accuracy = Resampling(sorted(blocks)).mean([100 * record.accuracy for record in row])
-            points.append((100 * sum(map(place, row)) / len(row), accuracy.value, accuracy.low, accuracy.high))
-        if len(points) > 1:
-            lines[variant] = sorted(points)
-    return lines
+        if record.ratio == 0 and record.target is None:
+            found[record.variant][block_of(record)] = record
+    blocks = tuple(sorted(set.intersection(*map(set, found.values())))) if found else ()
+    return Cells(blocks, {name: tuple(own[block] for block in blocks) for name, own in found.items()}, {}, {}, ())
 
 
 def middle_setting(records: Sequence[Record], task: str, model: str) -> Setting | None:
@@ -205,7 +216,7 @@ def ranks(sweep: Sweep) -> Figure | None:
     ]
     if not drawn:
         return None
-    heights = [0.6 + 0.22 * len(rows) for _, rows in drawn]
+    heights = [0.75 + 0.22 * len(rows) for _, rows in drawn]
     with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.6 + sum(heights)), layout="constrained")
         panels = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
@@ -225,7 +236,7 @@ def ranks(sweep: Sweep) -> Figure | None:
             axes.grid(axis="x", color=PALE, linewidth=0.6)
             axes.tick_params(axis="y", length=0)
             axes.set_axisbelow(True)
-            axes.set_title(f"{setting}; {rows[0].accuracy.n} pairs of subset and seed")
+            axes.set_title(f"{setting}\n{rows[0].accuracy.n} pairs of subset and seed", x=-0.22)
         panels[-1].set_xlabel("mean rank in accuracy (1: best)")
         figure.suptitle("Who keeps most, and who cannot be told apart", x=0.01, ha="left")
     return figure

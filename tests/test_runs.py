@@ -115,12 +115,35 @@ def test_runs_that_differ_in_a_setting_that_no_variant_tells_are_told_apart(tmp_
             told = [f"num_pruning_samples={images}", f"cache_dir=cache{images}", "+experiment=sample_sensitivity"]
             records = changed(run_of("ocap", (1, 2), seed), num_pruning_samples=images)
             write_run(tmp_path / f"{seed} {images}", records, told)
-        write_run(tmp_path / f"random {seed}", run_of("random", (1, 2), seed))
+        write_run(tmp_path / f"random {seed}", run_of("random", (1, 2), seed), ["+experiment=sample_sensitivity"])
     sweep = read_sweep(tmp_path)
     assert sweep.problems == ()
     found = {(record.variant, record.seed, record.num_pruning_samples) for record in sweep.records}
     named = {(f"ocap num_pruning_samples={images}", seed, images) for seed in (0, 1) for images in (3, 30)}
     assert found == named | {("random", seed, 30) for seed in (0, 1)}
+
+
+def test_a_variant_whose_every_run_has_another_setting_says_so(tmp_path):
+    """Nothing collides, and still it is no fair comparison: one is retrained ten times as long."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"long {seed}", run_of("ocap", (1, 2), seed), ["training.retrain_epochs=30"])
+        write_run(tmp_path / f"short {seed}", run_of("lrp", (1, 2), seed), ["device=cpu"])
+    sweep = read_sweep(tmp_path)
+    assert {record.variant for record in sweep.records} == {"ocap training.retrain_epochs=30", "lrp device=cpu"}
+
+
+def test_one_file_that_cannot_be_read_costs_its_run_alone(tmp_path):
+    for number in (0, 1):
+        write_run(tmp_path / str(number), run_of("ocap", (1, 2), number))
+    (tmp_path / "2" / "records.jsonl").mkdir(parents=True)
+    lines = (tmp_path / "0" / "records.jsonl").read_text()
+    first = lines.splitlines()[0]
+    huge = first.replace('"accuracy": ', '"accuracy": 1' + 400 * "0" + ', "was": ')
+    (tmp_path / "0" / "records.jsonl").write_text(huge + "\n" + 100_000 * "[" + "\n" + lines)
+    sweep = read_sweep(tmp_path)
+    assert [run.name for run in sweep.runs] == ["0", "1"]
+    assert len(sweep.records) == 2 * len(lines.splitlines())
+    assert sum("not read" in problem for problem in sweep.problems) == 2 and any("2: " in p for p in sweep.problems)
 
 
 def test_runs_that_nothing_tells_apart_are_not_averaged_but_named(tmp_path):

@@ -11,13 +11,15 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+import sweep_plots
+from comparison import settings_of, standings
 from filter_selection import REGISTRY
 from plot_style import STYLE, render, variant_style
-from runs import read_sweep
+from runs import block_of, read_sweep
 from settings import CONFIG_DIR
 from sweep_heat_maps import middle_level
 from sweep_plots import SWEEP_PLOTS, accuracy_over_macs, middle_setting, ranks, selection_overlap, selection_stability
-from tests.sample_sweeps import LEVELS, run_of, write_run, write_sweep
+from tests.sample_sweeps import LEVELS, records_of, run_of, write_run, write_sweep
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +138,27 @@ def test_the_stability_of_selections_is_the_overlap_of_pairs_of_draws(tmp_path):
 
 def test_the_stability_of_selections_takes_several_draws_and_numbers(sweep):
     assert selection_stability(sweep) is None
+
+
+def test_curves_are_means_over_the_pairs_of_the_table():
+    """One run is missing, and another's latency says nothing: accuracies are those of the table all the same."""
+    records = records_of()
+    whole = [r for r in records if not (r.variant == "random" and block_of(r) == block_of(records[0]))]
+    noisy = [
+        replace(r, times=tuple(replace(t, noisy=True) for t in r.times))
+        if r.variant == "ocap" and r.seed == 1 and r.target == 0.6
+        else r
+        for r in whole
+    ]
+    setting = next(s for s in settings_of(whole) if s.stage == "retrained" and s.level == 0.6)
+    table = {row.variant: 100 * row.accuracy.value for row in standings(whole, setting)}
+    chosen = [r for r in noisy if r.stage == "retrained"]
+    for place in (lambda r: r.macs_ratio, sweep_plots._latency):
+        lines = sweep_plots._means(chosen, place)
+        assert {variant: points[0][1] for variant, points in lines.items()} == pytest.approx(table)
+
+
+def test_targets_and_ratios_of_one_number_are_points_of_their_own():
+    matched = [r for r in records_of(("ocap",), subsets=1, seeds=1) if r.stage == "retrained"]
+    given = [replace(r, match=None, target=None, reached=None, ratio=r.target) for r in matched if r.target]
+    assert len(sweep_plots._means(matched + given, lambda r: r.macs_ratio)["ocap"]) == len(matched + given)
