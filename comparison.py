@@ -160,12 +160,13 @@ class Resampling:
 
     def __init__(self, blocks: Sequence[Block]):
         subsets = sorted({block[0] for block in blocks})
-        seeds = sorted({block[1:] for block in blocks})
+        seeds = sorted({block[1] for block in blocks})
         generator = np.random.default_rng(0)
         weights = _drawn(generator, len(subsets))[:, [subsets.index(block[0]) for block in blocks]]
-        weights = weights * _drawn(generator, len(seeds))[:, [seeds.index(block[1:]) for block in blocks]]
+        weights = weights * _drawn(generator, len(seeds))[:, [seeds.index(block[1]) for block in blocks]]
         self.weights = weights[weights.sum(axis=1) > 0]  # where blocks are missing, a draw can hit none
-        self.enough = len(blocks) >= FEWEST_BLOCKS
+        # Draws of scoring images are no seeds: whatever a seed does, all of its draws share.
+        self.enough = len({block[:2] for block in blocks}) >= FEWEST_BLOCKS
         levels = min((count for count in (len(subsets), len(seeds)) if count > 1), default=2)
         self.tail = ndtr(stdtrit(levels - 1, (1 - LEVEL) / 2) * math.sqrt(levels / (levels - 1)))
 

@@ -268,3 +268,11 @@ def test_more_classes_and_other_rules_are_tables_of_their_own():
     assert [row.accuracy.n for row in standings(everything, AFTER)] == [1]
     assert standings(everything, AFTER)[0].accuracy == standings(three, AFTER)[0].accuracy
     assert areas(everything, AFTER.task, "resnet18", "retrained") == areas(three, AFTER.task, "resnet18", "retrained")
+
+
+def test_draws_of_scoring_images_are_no_seeds():
+    """Five draws for one seed and subset are five blocks, and still one network: no interval, and no order."""
+    rows = [r for seed in range(5) for variant in ("a", "b") for r in run_of(variant, (0, 1, 2), seed)]
+    drawn = [replace(record, seed=0) for record in rows]
+    assert all(row.accuracy.low is None and row.accuracy.n == 5 for row in standings(drawn, AFTER))
+    assert all(row.accuracy.low is not None for row in standings(rows, AFTER))
