@@ -318,6 +318,10 @@ def areas(records: Iterable[Record], task: str, model: str, stage: str) -> list[
     for r in records:
         if (task_of(r), r.model, r.stage) == (task, model, stage) and r.macs_ratio is not None:
             curves[r.variant][block_of(r)].append((r.macs_ratio, r.accuracy))
+    for blocks in curves.values():  # a run that was cut short would cut the range short for all
+        longest = max(map(len, blocks.values()))
+        for block in [block for block, line in blocks.items() if len(line) < longest]:
+            del blocks[block]
     most = max(map(len, curves.values()), default=0)
     curves = {variant: blocks for variant, blocks in curves.items() if len(blocks) >= FEWEST_SHARE * most}
     shared = sorted(set.intersection(*map(set, curves.values()))) if curves else []

@@ -65,8 +65,8 @@ def page(sweep: Sweep, pictures: Mapping[str, bytes], title: str) -> str:
         f'<link rel="icon" href="data:,"><style>{css}</style></head><body>',
         f"<h1>{escape(title)}</h1>",
         f'<p class="note">{runs} {"run" if runs == 1 else "runs"}, {records} records. Intervals: nominally 95 %, '
-        "bootstrapped over subsets of classes and seeds, not corrected for the number of pairs; places: what paired differences "
-        "leave open.</p>",
+        "bootstrapped over subsets of classes and seeds, not corrected for the number of pairs; places: what paired "
+        "differences leave open.</p>",
         '<nav><a href="#words">Summary</a><a href="#tables">Comparison</a><a href="#plots">Plots</a>'
         '<a href="#results">All results</a><a href="#made">How it was made</a></nav>',
         _words(sweep),

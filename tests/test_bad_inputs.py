@@ -256,6 +256,7 @@ def test_a_folder_that_is_a_file(whole, tmp_path):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_a_warning(whole, tmp_path, small_disk, caplog):
     (small_disk / "filler").write_bytes(bytes(64 * 1024))
     records = job(tmp_path, "run", f"cache_dir={small_disk}/cache", "training.retrain_after_pruning=false")

@@ -276,3 +276,11 @@ def test_draws_of_scoring_images_are_no_seeds():
     drawn = [replace(record, seed=0) for record in rows]
     assert all(row.accuracy.low is None and row.accuracy.n == 5 for row in standings(drawn, AFTER))
     assert all(row.accuracy.low is not None for row in standings(rows, AFTER))
+
+
+def test_a_run_that_was_cut_short_takes_no_range_from_the_others():
+    records = records_of()
+    cut = [r for r in records if not (r.variant == "ocap" and block_of(r) == block_of(records[0]) and r.target == 0.6)]
+    whole, fewer = (areas(rows, AFTER.task, "resnet18", "retrained") for rows in (records, cut))
+    assert {(area.low, area.high) for area in fewer} == {(area.low, area.high) for area in whole}
+    assert {area.accuracy.n for area in fewer} == {whole[0].accuracy.n - 1}

@@ -172,6 +172,7 @@ def test_a_failure_is_told_and_tried_again(shared, tmp_path, monkeypatch):
     assert len(read_records(tmp_path / "run" / "records.jsonl")) == len(again)
 
 
+@pytest.mark.slow
 def test_scores_are_shared_where_only_what_comes_after_differs(shared, tmp_path, caplog):
     caplog.set_level("INFO")
     quick = ("training.retrain_after_pruning=false", "num_pruning_samples=17")
