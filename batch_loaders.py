@@ -4,12 +4,14 @@ Both kinds hold no more than 8-bit pixels, and turn one batch at a time into flo
 function of (seed, loader name, epoch) alone: not of the global generators, nor of the number of workers.
 """
 
+import copy
 import logging
 import multiprocessing
 import os
 import signal
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,9 @@ class Relabelled:
     def set_epoch(self, epoch: int) -> None:
         self.loader.set_epoch(epoch)
 
+    def part(self, rank: int, size: int, device: torch.device) -> "Relabelled":
+        return Relabelled(self.loader.part(rank, size, device), self.places)
+
 
 class BatchLoader(ABC):
     """Iterating yields (images float32 [B, 3, H, W] normalised and channels_last, labels int64 [B]) on `device`.
@@ -73,12 +78,12 @@ class BatchLoader(ABC):
             raise ValueError(f"loader {name!r}: {len(labels)} images in batches of {batch_size}")
         self.labels = labels.to("cpu", torch.int64)
         self.batch_size, self.shuffle, self.augment, self.seed, self.name = batch_size, shuffle, augment, seed, name
-        self.device = torch.device(device)
         self.epoch = 0
-        self._device_labels = self.labels.to(self.device)
+        self.share = 0, 1
         # (x / 255 - mean) / std as one multiplication and one addition
-        self._scale = (1 / (255 * torch.tensor(std))).to(self.device)
-        self._shift = (-torch.tensor(mean) / torch.tensor(std)).to(self.device)
+        self._scale = 1 / (255 * torch.tensor(std))
+        self._shift = -torch.tensor(mean) / torch.tensor(std)
+        self._move(torch.device(device))
 
     @property
     def num_images(self) -> int:
@@ -91,12 +96,35 @@ class BatchLoader(ABC):
         """Choose the order and the augmentation of the iterations to come."""
         self.epoch = epoch
 
+    def part(self, rank: int, size: int, device: torch.device) -> "BatchLoader":
+        """The same loader on `device`, with every batch cut into `size` nearly equal parts, of which it has one.
+
+        Raises BenchmarkError for training batches of fewer images than parts.
+        """
+        if self.shuffle and self.num_images // len(self) < size:
+            raise BenchmarkError(
+                f"training.processes: {size}; a batch of {self.num_images // len(self)} images leaves some without "
+                "any, use fewer or a larger training.batch_size_train"
+            )
+        other = copy.copy(self)
+        other.share = rank, size
+        other._move(device)
+        return other
+
     def batches(self) -> tuple[Tensor, ...]:
-        """Positions of this epoch's images, int64, one tensor a batch, on the CPU."""
-        if not self.shuffle:
-            return torch.arange(self.num_images).split(self.batch_size)
-        order = torch.randperm(self.num_images, generator=self._generator("order"))
-        return order.tensor_split(len(self))
+        """Positions of this epoch's images, int64, one tensor a batch, on the CPU; those of `part` where it is one."""
+        if self.shuffle:
+            order = torch.randperm(self.num_images, generator=self._generator("order"))
+            whole = order.tensor_split(len(self))
+        else:
+            whole = torch.arange(self.num_images).split(self.batch_size)
+        rank, size = self.share
+        return whole if size == 1 else tuple(part for b in whole if len(part := b.tensor_split(size)[rank]))
+
+    def _move(self, device: torch.device) -> None:
+        self.device = device
+        self._device_labels = self.labels.to(device)
+        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
 
     def _generator(self, purpose: str) -> torch.Generator:
         return generator(self.seed, f"{self.name}/{purpose}/{self.epoch}")
@@ -122,10 +150,9 @@ class TensorLoader(BatchLoader):
             raise ValueError(f"images must be uint8 [N, 1 or 3, H, W], not {images.dtype} {list(images.shape)}")
         if len(labels) != len(images if rows is None else rows):
             raise ValueError(f"{len(labels)} labels for {len(images if rows is None else rows)} images")
-        super().__init__(labels, **options)
         self.flip = flip
-        self._pixels = images.permute(0, 2, 3, 1).contiguous().to(self.device)
-        self._rows = None if rows is None else rows.to(self.device)
+        self._pixels, self._rows = images.permute(0, 2, 3, 1).contiguous(), rows
+        super().__init__(labels, **options)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self.batches()
@@ -137,6 +164,11 @@ class TensorLoader(BatchLoader):
             if draws is not None:
                 pixels = augment(pixels, *draws[positions].unbind(1))
             yield self._normalise(pixels), self._device_labels[positions]
+
+    def _move(self, device: torch.device) -> None:
+        super()._move(device)
+        self._pixels = self._pixels.to(device)
+        self._rows = None if self._rows is None else self._rows.to(device)
 
     def _draw_augmentation(self) -> Tensor:
         """int64 [N, 3]: offset down in 0..8, offset right in 0..8, whether to flip; by position in the dataset."""
@@ -162,48 +194,75 @@ def augment(pixels: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor
 
 
 class FolderLoader(BatchLoader):
-    """Batches decoded from image files as they are needed, by `num_workers` processes (at most one a CPU core).
+    """Batches decoded from image files as they are needed, by `decoders`, which several loaders may share.
 
-    paths: bytes [N] below `folder`, numpy; one array rather than N Python strings, so that workers share its memory.
-    image_size: side of the square that comes out. Shortest side resized to 256/224 of it, then the centre; with
-    `augment` a random part, 8 to 100 % of the area, and a random flip (torchvision's ImageNet recipes).
+    paths: bytes [N] below `folder`, numpy; one array rather than N Python strings.
     Raises BenchmarkError naming the file that cannot be decoded.
     """
 
-    def __init__(
-        self, folder: Path, paths: np.ndarray, labels: Tensor, *, image_size: int, num_workers: int, **options
-    ):
+    def __init__(self, folder: Path, paths: np.ndarray, labels: Tensor, *, decoders: "Decoders", **options):
         if len(paths) != len(labels):
             raise ValueError(f"{len(labels)} labels for {len(paths)} images")
+        self.folder, self.paths, self.decoders = folder, paths, decoders
         super().__init__(labels, **options)
-        self.image_size = image_size
-        self.num_workers = min(num_workers, _cores())  # more only wait for each other
-        self._images = _ImageFiles(folder, paths, image_size)
+
+    def part(self, rank: int, size: int, device: torch.device) -> "FolderLoader":
+        other = super().part(rank, size, device)
+        other.decoders = self.decoders.part(size, device)
+        return other
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self.batches()
-        for positions, pixels in zip(batches, self._decoded(batches), strict=True):
+        for positions, pixels in zip(batches, self.decoders.decoded(self._requests(batches)), strict=True):
             labels = self._device_labels[positions.to(self.device)]
             yield self._normalise(pixels.to(self.device, non_blocking=True)), labels
 
-    def _decoded(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """uint8 [B, H, W, 3] a batch, by worker processes that live as long as the iteration."""
-        workers = self.num_workers if _may_have_children(self.num_workers) else 0
-        loader = DataLoader(
-            self._images,
-            batch_sampler=self._requests(batches),
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=_leave_interrupts_to_the_parent,
-            pin_memory=self.device.type == "cuda",
-            generator=self._generator("workers"),
-            multiprocessing_context=_context() if workers else None,
-        )
+    def _requests(self, batches: Sequence[Tensor]) -> Iterator[list["Request"]]:
+        """A batch at a time, what is to be decoded."""
+        seeds = None
+        if self.augment:
+            seeds = torch.randint(0, 2**63 - 1, (self.num_images,), generator=self._generator("augmentation"))
+        for batch in batches:
+            paths = [os.path.join(self.folder, os.fsdecode(path)) for path in self.paths[batch.numpy()]]
+            yield list(zip(paths, [None] * len(batch) if seeds is None else seeds[batch].tolist(), strict=True))
+
+
+Request = tuple[str, int | None]
+"""Path of an image file, and the seed of its augmentation or None."""
+
+
+class Decoders:
+    """Image files become pixels, in `num_workers` processes (at most one a CPU core) that are kept from one pass over
+    images to the next, whichever loader makes it.
+
+    image_size: side of the square that comes out. Shortest side resized to 256/224 of it, then the centre; with the
+    seed of an augmentation a random part, 8 to 100 % of the area, and a random flip (torchvision's ImageNet recipes).
+    """
+
+    def __init__(self, image_size: int, num_workers: int, device: torch.device):
+        self.image_size, self.device = image_size, device
+        self.num_workers = min(num_workers, _cores())  # more only wait for each other
+        self._loader: DataLoader | None = None
+        self._asked: Iterable[list[Request]] | None = None
+
+    def part(self, size: int, device: torch.device) -> "Decoders":
+        """Others, for one of `size` processes that read at the same time."""
+        return Decoders(self.image_size, -(-self.num_workers // size), device)
+
+    def decoded(self, requests: Iterable[list[Request]]) -> Iterator[Tensor]:
+        """uint8 [B, H, W, 3] for each list of requests; memory of the device's own kind where it is a GPU."""
+        if self._asked is not None:  # two passes at a time: the second has its own
+            yield from Decoders(self.image_size, self.num_workers, self.device).decoded(requests)
+            return
+        self._asked, whole = requests, False
         try:
-            for pixels in loader:
+            if self._loader is None:
+                self._loader = self._started()
+            for pixels in self._loader:
                 if isinstance(pixels, BenchmarkError):
                     raise pixels
                 yield pixels
+            whole = True
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -211,32 +270,50 @@ class FolderLoader(BatchLoader):
                 f"dataset.num_workers: {self.num_workers}; a process that decodes images died, most often for want of "
                 "memory or of space in /dev/shm; set a lower number, 0 for none"
             ) from error
+        finally:
+            self._asked = None
+            if not whole:  # its processes end: they have images before them that nobody waits for
+                self._loader = None
 
-    def _requests(self, batches: Sequence[Tensor]) -> Iterator[list[tuple[int, int | None]]]:
-        """A batch at a time, what the workers are asked for: (position, seed of its augmentation or None) an image."""
-        if not self.augment:
-            for batch in batches:
-                yield [(position, None) for position in batch.tolist()]
-            return
-        seeds = torch.randint(0, 2**63 - 1, (self.num_images,), generator=self._generator("augmentation"))
-        for batch in batches:
-            yield list(zip(batch.tolist(), seeds[batch].tolist(), strict=True))
+    def _started(self) -> DataLoader:
+        workers = self.num_workers if _may_have_children(self.num_workers) else 0
+        return DataLoader(
+            _ImageFiles(self.image_size),
+            batch_sampler=_AskedOf(self),
+            num_workers=workers,
+            collate_fn=_collate,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own: seeds of the workers are otherwise drawn from the global one
+            multiprocessing_context=_context() if workers else None,
+            persistent_workers=workers > 0,
+        )
+
+
+class _AskedOf:
+    """What decoders are asked for now, as the DataLoader that outlives the question looks for it."""
+
+    def __init__(self, decoders: Decoders):
+        self.decoders = weakref.proxy(decoders)  # or the two would keep each other, and the processes with them
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        return iter(self.decoders._asked)
 
 
 class _ImageFiles(Dataset):
-    """(position, seed) -> uint8 [H, W, 3], or the BenchmarkError that says what is wrong with the file.
+    """Request -> uint8 [H, W, 3], or the BenchmarkError that says what is wrong with the file.
 
     The error is returned: raised in a worker process, it would reach the user wrapped in that worker's traceback.
     """
 
-    def __init__(self, folder: Path, paths: np.ndarray, image_size: int):
-        self.folder, self.paths, self.image_size = folder, paths, image_size
+    def __init__(self, image_size: int):
+        self.image_size = image_size
         self.random_crop = RandomResizedCrop(image_size, antialias=True)
 
-    def __getitem__(self, request: tuple[int, int | None]) -> Tensor | BenchmarkError:
-        position, seed = request
+    def __getitem__(self, request: Request) -> Tensor | BenchmarkError:
+        path, seed = request
         try:
-            image = read_image(self.folder / os.fsdecode(self.paths[position]))
+            image = read_image(path)
         except BenchmarkError as error:
             return error
         image = self._centre(image) if seed is None else self._random_part(image, seed)

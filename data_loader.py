@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batch_loaders import BatchLoader, FolderLoader, TensorLoader
+from batch_loaders import BatchLoader, Decoders, FolderLoader, TensorLoader
 from class_names import IMAGENETTE_WNIDS, class_folder_names
 from data_factory import DataLoaderFactory, Loaders, Source, SubsetLoaders
 from data_files import ImageList, list_class_folders, read_cifar10, read_gtsrb, read_idx_pair
@@ -156,6 +156,8 @@ class ImageNetFactory(DataLoaderFactory):
             "train": list_class_folders(folder / "train", names),
             "test": list_class_folders(folder / "val", names),
         }
+        dataset = self.settings.dataset
+        self._decoders = Decoders(dataset.image_size, dataset.num_workers, self.device)  # one for all loaders
         return Source(*(torch.from_numpy(self._lists[source].labels) for source in ("train", "test")))
 
     def _check_folders(self, folder: Path, names: tuple[str, ...]) -> None:
@@ -167,15 +169,8 @@ class ImageNetFactory(DataLoaderFactory):
             raise BenchmarkError(f"{folder}: class folder {differing[0]} is not both in train and in val")
 
     def _loader(self, source: str, rows: Tensor, labels: Tensor, **options: Any) -> BatchLoader:
-        files, dataset = self._lists[source], self.settings.dataset
-        return FolderLoader(
-            files.folder,
-            files.paths[rows.numpy()],
-            labels,
-            image_size=dataset.image_size,
-            num_workers=dataset.num_workers,
-            **options,
-        )
+        files = self._lists[source]
+        return FolderLoader(files.folder, files.paths[rows.numpy()], labels, decoders=self._decoders, **options)
 
     def _hash(self, digest: "hashlib._Hash", source: str, rows: Tensor) -> None:
         files = self._lists[source]

@@ -64,6 +64,7 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, status: RunStatus) 
     from disk import write_json
     from experiment import Experiment, choose_classes
     from helpers import resolve_device
+    from parallel import require
     from pruner import get_pruner
     from records import environment, write_selections
     from report import table, write_report
@@ -74,6 +75,7 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, status: RunStatus) 
 
     start = time.perf_counter()
     device = resolve_device(settings.device)
+    require(device, settings.training.processes)
     earlier = records_of(run_dir, status.run_id)
     if not earlier:
         write_json(run_dir / "environment.json", environment(settings))

@@ -49,6 +49,7 @@ class TrainingSettings:
     train_pruned_from_scratch: bool
     retrain_epochs: Positive
     lr_retrain: PositiveNumber
+    processes: Positive
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from errors import BenchmarkError
+from helpers import derive_seed
+from parallel import Crew, in_processes
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ REFRESH_SECONDS = {True: 0.2, False: 10.0}  # between two drawings of the progre
 @dataclass(frozen=True)
 class FitPlan:
     """How to train. patience: epochs without a better validation result before stopping; None never stops early.
+    processes: of this machine, which share each batch.
 
     Raises ValueError for values that cannot be trained with.
     """
@@ -39,12 +42,15 @@ class FitPlan:
     momentum: float
     scheduler: str
     patience: int | None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS or self.scheduler not in SCHEDULES:
             raise ValueError(f"{self.optimizer!r} must be of {OPTIMIZERS}, {self.scheduler!r} of {SCHEDULES}")
         if self.epochs < 0 or not 0 < self.lr < math.inf or (self.patience is not None and self.patience < 1):
             raise ValueError(f"epochs must be >= 0, lr positive, patience None or >= 1: {self}")
+        if self.processes < 1:
+            raise ValueError(f"processes must be >= 1: {self}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,12 @@ class Tally:
         self._loss += loss.detach().double() * len(labels)
         self._correct += (logits.detach().argmax(1) == labels).sum()
 
+    def over(self, crew: Crew) -> "Tally":
+        """The sums of all processes."""
+        self.images = int(crew.summed(torch.tensor(self.images, device=self._loss.device)))
+        crew.summed(self._loss), crew.summed(self._correct)
+        return self
+
     @property
     def loss(self) -> float:
         """Mean loss of an image; not finite from the first batch on whose loss was not."""
@@ -108,7 +120,8 @@ class Tally:
 def training_plan(training: Any) -> FitPlan:
     """The plan of the dense model's training, out of the settings under `training`."""
     shared = {name: getattr(training, name) for name in ("weight_decay", "optimizer", "momentum", "scheduler")}
-    return FitPlan(training.epochs, training.lr, **shared, patience=training.early_stopping_patience)
+    own = {"patience": training.early_stopping_patience, "processes": training.processes}
+    return FitPlan(training.epochs, training.lr, **shared, **own)
 
 
 def retraining_plan(training: Any) -> FitPlan:
@@ -133,37 +146,80 @@ def fit(
     nothing behind. On one machine the result is a function of the arguments, bit for bit (on CUDA as far as cuDNN's
     deterministic algorithms reach).
 
+    With `plan.processes` above 1, processes that end with it take an equal part of every batch each, on a device each,
+    counted from `device`; the loaders then need `part`, see `BatchLoader`. Gradients and BatchNorm's statistics are
+    those of the whole batch: up to rounding, and to what dropout draws, the result is that of one process.
+
     Raises BenchmarkError when a loss is not finite, and for a batch of one image that BatchNorm cannot train on.
     """
     start = time.perf_counter()
     best = copy.deepcopy(model).to(device)
     if plan.epochs == 0:
         return FitResult(best.eval(), [], 0, time.perf_counter() - start)
-    working = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+    if plan.processes == 1:
+        history = _trained(Crew(device), best, train_loader, validation_loader, plan, description, seed)
+    else:
+        cpu = torch.device("cpu")
+        loaders = [loader.part(0, 1, cpu) for loader in (train_loader, validation_loader)]
+        work = copy.deepcopy(model).to(cpu), *loaders, plan, description, seed
+        found = in_processes(_trained_together, work, processes=plan.processes, device=device)
+        best.load_state_dict(found["state"])
+        history = [EpochRow(**row) for row in found["history"]]
+    best_epoch = _best(history).epoch
+    if len(history) < plan.epochs:
+        log.info("%s: stopped early, nothing better on validation since epoch %d", description, best_epoch)
+    return FitResult(best.eval(), history, best_epoch, time.perf_counter() - start)
+
+
+def _trained(
+    crew: Crew, best: nn.Module, train_loader: Any, validation_loader: Any, plan: FitPlan, description: str, seed: int
+) -> list[EpochRow]:
+    """What each epoch came to; `best`, on the crew's device, is changed to the network of the best of them."""
+    working = crew.replica(copy.deepcopy(best).to(memory_format=torch.channels_last))
+    trained_model = working if crew.alone else working.module
     optimizer = make_optimizer(working, plan)
-    scaler = torch.amp.GradScaler(device.type, enabled=_autocast_dtype(device) is torch.float16)
+    scaler = torch.amp.GradScaler(crew.device.type, enabled=_autocast_dtype(crew.device) is torch.float16)
     history: list[EpochRow] = []
     best_row: EpochRow | None = None
-    with _reproducible(seed, device), _progress_bar(plan.epochs * len(train_loader), description) as bar:
+    seed = seed if crew.rank == 0 else derive_seed(seed, f"process {crew.rank}")
+    bar = _progress_bar(plan.epochs * len(train_loader), description, shown=crew.rank == 0)
+    with _reproducible(seed, crew.device), bar:
         for epoch in range(1, plan.epochs + 1):
             epoch_start = time.perf_counter()
             rate = _rate(plan, epoch, len(train_loader))
             train_loader.set_epoch(epoch)
-            options = {"device": device, "rate": rate, "scaler": scaler, "progress": bar}
+            options = {"device": crew.device, "rate": rate, "scaler": scaler, "progress": bar, "crew": crew}
             trained = train_epoch(working, train_loader, optimizer, **options)
-            validated = validate(working, validation_loader, device)
-            row = _row(epoch, trained, validated, rate(0), time.perf_counter() - epoch_start)
+            validated = validate(trained_model, validation_loader, crew.device).over(crew)
+            row = _row(epoch, trained.over(crew), validated, rate(0), time.perf_counter() - epoch_start)
             history.append(row)
             bar.set_postfix_str(_shown(trained), refresh=False)
             bar.set_description(f"{description} {epoch}/{plan.epochs}, validation {row.validation_accuracy:.4f}")
             if row.better_than(best_row):
                 best_row = row
-                best.load_state_dict(working.state_dict())  # copied into the argument's own memory layout
+                best.load_state_dict(trained_model.state_dict())  # copied into the argument's own memory layout
             elif plan.patience is not None and epoch - best_row.epoch >= plan.patience:
-                log.info("%s: stopped early, nothing better on validation since epoch %d", description, best_row.epoch)
                 bar.total = bar.n
                 break
-    return FitResult(best.eval(), history, best_row.epoch, time.perf_counter() - start)
+    return history
+
+
+def _trained_together(
+    crew: Crew, model: nn.Module, train_loader: Any, validation_loader: Any, plan: FitPlan, description: str, seed: int
+) -> dict[str, Any]:
+    """`_trained` as one of several processes, each with its part of the batches."""
+    loaders = [loader.part(crew.rank, crew.size, crew.device) for loader in (train_loader, validation_loader)]
+    best = model.to(crew.device)
+    history = _trained(crew, best, *loaders, plan, description, seed)
+    state = {name: value.cpu() for name, value in best.state_dict().items()}
+    return {"state": state, "history": [asdict(row) for row in history]}
+
+
+def _best(history: Sequence[EpochRow]) -> EpochRow:
+    best = None
+    for row in history:
+        best = row if row.better_than(best) else best
+    return best
 
 
 def train_epoch(
@@ -175,14 +231,17 @@ def train_epoch(
     rate: Callable[[int], float] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     progress: tqdm | None = None,
+    crew: Crew | None = None,
 ) -> Tally:
-    """One pass over `loader` in train mode, changing `model` and `optimizer`; returns its sums of loss and accuracy.
+    """One pass over `loader` in train mode, changing `model` and `optimizer`; returns its sums of loss and accuracy,
+    those of this process's part of the images where a `crew` shares them.
 
     rate: step of this epoch, from 0 -> learning rate; None leaves the optimizer's. progress: a bar that counts batches.
     Ends early, with a loss that is not finite, once that is seen; it is looked for whenever the bar is redrawn.
     Raises BenchmarkError for a batch of one image where BatchNorm needs more.
     """
     model.train()
+    crew = crew or Crew(device)
     tally = Tally(device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)  # disabled, it passes everything through
     dtype = _autocast_dtype(device)
@@ -196,13 +255,13 @@ def train_epoch(
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             logits = _forward(model, images)
             loss = cross_entropy(logits, labels)
-        scaler.scale(loss).backward()
+        scaler.scale(crew.weighted(loss, len(labels))).backward()
         scaler.step(optimizer)
         scaler.update()
         tally.add(loss, logits, labels)
         if progress is not None and progress.update():
             progress.set_postfix_str(_shown(tally), refresh=False)
-            if not math.isfinite(tally.loss):
+            if crew.alone and not math.isfinite(tally.loss):  # of a crew, none may stop while others go on
                 break
     return tally
 
@@ -271,10 +330,13 @@ def _shown(tally: Tally) -> str:
     return f"loss {tally.loss:.4f}, accuracy {tally.accuracy:.4f}"
 
 
-def _progress_bar(steps: int, description: str) -> tqdm:
+def _progress_bar(steps: int, description: str, shown: bool) -> tqdm:
     """A bar on stderr, that of the moment: redrawn often on a terminal, seldom where each drawing adds to a log."""
     refresh = REFRESH_SECONDS[sys.stderr.isatty()]
-    return tqdm(total=steps, desc=description, unit="batch", mininterval=refresh, dynamic_ncols=True, file=sys.stderr)
+    return tqdm(
+        total=steps, desc=description, unit="batch", mininterval=refresh, dynamic_ncols=True, file=sys.stderr,
+        disable=not shown,
+    )  # fmt: skip
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -1,3 +1,5 @@
+import gc
+import multiprocessing
 import os
 import shutil
 
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import batch_loaders
-from batch_loaders import FolderLoader, TensorLoader, augment
+from batch_loaders import Decoders, FolderLoader, TensorLoader, augment
 from data_files import list_class_folders
 from errors import BenchmarkError
 from tests import formats
@@ -157,10 +159,15 @@ def folder(tmp_path_factory):
     return formats.write_image_folder(tmp_path_factory.mktemp("images"), images_per_class=5) / "train"
 
 
-def folder_loader(folder, **changes):
+def folder_loader(folder, *, num_workers=0, **changes):
     files = list_class_folders(folder, formats.IMAGENETTE_WNIDS[:3])
-    options = OPTIONS | {"shuffle": True, "augment": True, "num_workers": 0, "image_size": 24} | changes
+    decoders = Decoders(24, num_workers, torch.device("cpu"))
+    options = OPTIONS | {"shuffle": True, "augment": True, "decoders": decoders} | changes
     return FolderLoader(files.folder, files.paths, torch.from_numpy(files.labels), **options)
+
+
+def children():
+    return {process.pid for process in multiprocessing.active_children()}
 
 
 @pytest.fixture
@@ -185,8 +192,7 @@ def test_streamed_augmentation_is_a_function_of_the_epoch(folder):
 
 
 def test_about_half_of_the_streamed_images_are_flipped(folder):
-    images = folder_loader(folder)._images
-    wide = images._random_part
+    wide = batch_loaders._ImageFiles(24)._random_part
     bright_left = np.zeros((30, 30, 3), np.uint8)
     bright_left[:, :15] = 255
     image = batch_loaders.Image.fromarray(bright_left)
@@ -199,7 +205,68 @@ def test_about_half_of_the_streamed_images_are_flipped(folder):
 
 def test_no_more_workers_than_cores(folder, monkeypatch):
     monkeypatch.setattr(batch_loaders, "_cores", lambda: 1)
-    assert folder_loader(folder, num_workers=8).num_workers == 1
+    assert folder_loader(folder, num_workers=8).decoders.num_workers == 1
+
+
+def test_workers_are_kept_from_one_pass_to_the_next_and_serve_several_loaders(folder, two_cores):
+    one = folder_loader(folder, num_workers=2)
+    other = folder_loader(folder, decoders=one.decoders, shuffle=False, augment=False)
+    expected = torch.cat([images for images, _ in folder_loader(folder, shuffle=False, augment=False)])
+    before = children()
+    list(one)
+    started = children() - before
+    assert len(started) == 2
+    for epoch in range(2):
+        one.set_epoch(epoch)
+        alone = folder_loader(folder)
+        alone.set_epoch(epoch)
+        for (images, _), (wanted, _) in zip(one, alone, strict=True):
+            assert torch.equal(images, wanted)
+        assert torch.equal(torch.cat([images for images, _ in other]), expected)
+        assert children() - before == started
+    del one, other, images
+    gc.collect()
+    assert not children() & started
+
+
+def test_a_pass_that_is_left_early_or_meets_another_harms_neither(folder, two_cores):
+    loader = folder_loader(folder, num_workers=2, shuffle=False, augment=False)
+    expected = [images for images, _ in folder_loader(folder, shuffle=False, augment=False)]
+    assert torch.equal(next(iter(loader))[0], expected[0])
+    for (images, _), (again, _), wanted in zip(loader, loader, expected, strict=True):
+        assert torch.equal(images, wanted) and torch.equal(again, wanted)
+    assert torch.equal(torch.cat([images for images, _ in loader]), torch.cat(expected))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_parts_of_a_folder_make_up_its_batches(folder, two_cores, size, workers):
+    whole = folder_loader(folder, num_workers=workers)
+    parts = [whole.part(rank, size, torch.device("cpu")) for rank in range(size)]
+    for images, *pieces in zip(whole, *parts, strict=True):
+        assert torch.equal(images[0], torch.cat([piece[0] for piece in pieces]))
+        assert torch.equal(images[1], torch.cat([piece[1] for piece in pieces]))
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 40), batch=st.integers(1, 12), size=st.integers(1, 5), shuffle=st.booleans())
+def test_parts_make_up_the_whole(count, batch, size, shuffle):
+    """Every image of a batch is in one part; of training batches, which all update the weights, none is empty."""
+    pixels = torch.arange(count, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    options = OPTIONS | {"batch_size": batch, "shuffle": shuffle, "augment": shuffle}
+    whole = TensorLoader(pixels, torch.arange(count), **options)
+    if shuffle and count // len(whole) < size:
+        with pytest.raises(BenchmarkError, match=f"processes: {size}; a batch of {count // len(whole)} images"):
+            whole.part(0, size, torch.device("cpu"))
+        return
+    parts = [list(whole.part(rank, size, torch.device("cpu"))) for rank in range(size)]
+    batches = list(whole)
+    if shuffle:
+        assert {len(part) for part in parts} == {len(batches)}
+        for images, *pieces in zip(batches, *parts, strict=True):
+            assert torch.equal(images[0], torch.cat([piece[0] for piece in pieces]))
+    seen = sorted(label for part in parts for _, labels in part for label in labels.tolist())
+    assert seen == list(range(count))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

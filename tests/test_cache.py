@@ -78,7 +78,7 @@ def make_settings(cache_dir):
     training = {"train": True, "epochs": 1, "lr": 0.01, "weight_decay": 0.0, "optimizer": "adamw", "momentum": 0.9}
     rates = {"scheduler": "cosine", "early_stopping_patience": None, "batch_size_train": 4, "batch_size_test": 4}
     start = {"use_data_augmentation": False, "use_pretrained_model": False}
-    retraining = {"retrain_after_pruning": True, "retrain_epochs": 2, "lr_retrain": 0.001}
+    retraining = {"retrain_after_pruning": True, "retrain_epochs": 2, "lr_retrain": 0.001, "processes": 1}
     model = {"name": "resnet18", "pretrained_weights_path": None, "skip_first_layers": 0, "small_input_stem": False}
     return SimpleNamespace(
         seed=0,

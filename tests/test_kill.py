@@ -16,6 +16,7 @@ import pytest
 
 from run_status import STATUS, read_status
 from runs import read_sweep
+from tests.processes import living
 from tests.test_main import MAIN
 from tests.test_resume import figures
 
@@ -47,19 +48,6 @@ def finished(folder: Path, *overrides: str) -> None:
 def is_at_work(folder: Path, pid: int) -> bool:
     statuses = [read_status(path.parent) for path in folder.glob(f"sweep/*/{STATUS}")]
     return any(status and status.pid == pid and status.state == "running" for status in statuses)
-
-
-def members(session: int) -> list[int]:
-    """Processes of a session that are no zombies."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, *rest = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(rest[2]) == session and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def table(folder: Path) -> list[str]:
@@ -106,9 +94,9 @@ def test_fifty_kills_change_nothing(tmp_path, record_property):
         said = (shaken / "output.txt").read_text(errors="replace").replace("\r", "\n").strip().splitlines()[-1]
         stages[re.split(r"[ :]", said)[0]] += 1
         deadline = time.monotonic() + 20
-        while members(process.pid) and time.monotonic() < deadline:
+        while living(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not members(process.pid)  # nothing that it had started goes on
+        assert not living(process.pid)  # nothing that it had started goes on
     finished(shaken, *SWEPT)
     check_same(shaken, calm)
     print(f"{kills} kills over {sweeps} sweeps; the last word before: {dict(stages)}")

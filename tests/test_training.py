@@ -343,17 +343,18 @@ def test_progress_is_shown_with_loss_accuracy_and_epoch(capsys, monkeypatch):
 def test_plans_take_their_own_rate_and_epochs_from_the_settings():
     settings = SimpleNamespace(
         **{"epochs": 12, "lr": 0.1, "retrain_epochs": 3, "lr_retrain": 0.02, "weight_decay": 0.5, "optimizer": "sgd"},
-        **{"momentum": 0.8, "scheduler": "step", "early_stopping_patience": None},
+        **{"momentum": 0.8, "scheduler": "step", "early_stopping_patience": None, "processes": 4},
     )
     dense, retrained = training.training_plan(settings), training.retraining_plan(settings)
-    assert dense == FitPlan(12, 0.1, 0.5, "sgd", 0.8, "step", None)
-    assert retrained == FitPlan(3, 0.02, 0.5, "sgd", 0.8, "step", None)
+    assert dense == FitPlan(12, 0.1, 0.5, "sgd", 0.8, "step", None, 4)
+    assert retrained == FitPlan(3, 0.02, 0.5, "sgd", 0.8, "step", None, 4)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"optimizer": "lion"}, {"scheduler": "linear"}, {"epochs": -1}, {"lr": 0.0}, {"lr": math.nan}, {"patience": 0}],
-)
+    [{"optimizer": "lion"}, {"scheduler": "linear"}, {"epochs": -1}, {"lr": 0.0}, {"lr": math.nan}, {"patience": 0},
+     {"processes": 0}],
+)  # fmt: skip
 def test_plans_that_cannot_be_followed_are_refused(change):
     with pytest.raises(ValueError, match=str(*change.values())):
         dataclasses.replace(PLAN, **change)
