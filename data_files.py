@@ -10,7 +10,8 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from errors import BenchmarkError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".ppm", ".bmp", ".webp")
 MEND = "fetch the file again, or restore it"
+Kept = Callable[[str, list[Path], Callable[[], np.ndarray]], np.ndarray]
 
 
 class ImageList(NamedTuple):
@@ -123,16 +125,20 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
 
 
 def read_gtsrb(
-    train_folder: Path, test_folder: Path, test_csv: Path, image_size: int
+    train_folder: Path, test_folder: Path, test_csv: Path, image_size: int, kept: Kept | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Train images, labels and tracks, test images and labels. Images squashed to [N, image_size, image_size, 3].
 
+    kept: (part, its files, what decodes them) -> their images, from wherever they are kept decoded.
     tracks: int64 [N]; images of one track show the same physical sign, and none is shared between classes.
     """
     train_paths, train_labels, tracks = _list_gtsrb_train(train_folder)
     test_paths, test_labels = _list_gtsrb_test(test_folder, test_csv)
-    train_images = _decode_all(train_paths, image_size, "GTSRB train")
-    return train_images, train_labels, tracks, _decode_all(test_paths, image_size, "GTSRB test"), test_labels
+    images = []
+    for part, paths in (("train", train_paths), ("test", test_paths)):
+        decode = partial(_decode_all, paths, image_size, f"GTSRB {part}")
+        images.append(decode() if kept is None else kept(part, paths, decode))
+    return images[0], train_labels, tracks, images[1], test_labels
 
 
 def _list_gtsrb_train(folder: Path) -> tuple[list[Path], np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import logging
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from class_names import IMAGENETTE_WNIDS, class_folder_names
 from data_factory import DataLoaderFactory, Loaders, Source, SubsetLoaders
 from data_files import ImageList, list_class_folders, read_cifar10, read_gtsrb, read_idx_pair
 from data_places import PLACES
+from decoded import decoded_once
 from errors import BenchmarkError, ConfigError
 from splits import stratified_split
 
@@ -132,9 +134,12 @@ class GtsrbFactory(TensorFactory):
     flip = False  # a mirrored "keep right" is a "keep left"
 
     def _read(self):
-        train_images, train_labels, tracks, test_images, test_labels = read_gtsrb(
-            *self._find(), self.settings.dataset.image_size
-        )
+        size, cache_dir = self.settings.dataset.image_size, self.settings.cache_dir
+
+        def kept(part: str, paths: list[Path], decode: Callable[[], np.ndarray]) -> np.ndarray:
+            return decoded_once(paths, size, decode, cache_dir=cache_dir, name=f"gtsrb-{part}")
+
+        train_images, train_labels, tracks, test_images, test_labels = read_gtsrb(*self._find(), size, kept)
         return train_images, train_labels, test_images, test_labels, tracks
 
 

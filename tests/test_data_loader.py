@@ -63,6 +63,7 @@ def make_settings(name, root, **changes):
             "sampling_seed": None,
             "replace_last_layer": True,
             "seed": 0,
+            "cache_dir": "/dev/null/none",  # nothing is kept
             "class_names": tuple(f"class_{index}" for index in range(num_classes)),
         },
     }
