@@ -1,22 +1,31 @@
-"""Images of many small files, decoded once and kept: opening fifty thousand takes minutes, reading one file seconds."""
+"""Images of many small files, decoded once and kept: opening fifty thousand takes longer than reading one file."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 import torch
 
-from cache import load_checked, made_once, save_checked
+from kept import Kind, kept
 
-log = logging.getLogger(__name__)
-
-KIND = b"decoded images"
 VERSION = 1  # raised when the code makes other pixels of the same files
+
+
+def _pixels(content: dict[str, Any]) -> np.ndarray:
+    images = content["images"]
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise ValueError(f"it holds {images.dtype} {list(images.shape)}")
+    return images.numpy()
+
+
+KIND: Kind[np.ndarray] = Kind(
+    "decoded images", "no file is opened", lambda images: {"images": torch.from_numpy(images)}, _pixels
+)
 
 
 def decoded_once(
@@ -25,17 +34,14 @@ def decoded_once(
     """What `decode` makes of the files, uint8 [N, image_size, image_size, 3], from the cache where it is there.
 
     The files are known by their paths below their common folder, sizes and times of change, so that a file changed in
-    place is seen, and data copied elsewhere are decoded once more. A file of the cache that is damaged is made again
-    with a warning; a disk that cannot be written costs a warning as well. Raises BenchmarkError as `decode` does.
+    place is seen, and data copied elsewhere without their times are decoded once more. Raises BenchmarkError as
+    `decode` does.
     """
     key = _key(paths, image_size)
     if key is None:
         return decode()  # it has the message
     path = Path(cache_dir, f"{name}-{image_size}-{key[:16]}.images")
-    shape = (len(paths), image_size, image_size, 3)
-    return made_once(
-        path, lambda: _from_cache(path, key, shape), lambda: _decoded(path, key, decode), f"decoding {name}"
-    )
+    return kept(KIND, path, key, decode, f"decoding {name}")
 
 
 def _key(paths: Sequence[Path], image_size: int) -> str | None:
@@ -50,30 +56,3 @@ def _key(paths: Sequence[Path], image_size: int) -> str | None:
     except OSError:
         return None
     return digest.hexdigest()
-
-
-def _from_cache(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """None where there is no file, or one that is refused with a warning."""
-    try:
-        content = load_checked(path, KIND)
-        if content["key"] != key:
-            raise ValueError("they are of other files")
-        images = content["images"]
-        if images.dtype != torch.uint8 or tuple(images.shape) != shape:
-            raise ValueError(f"they are {images.dtype} {list(images.shape)}")
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # an intact checksum over foreign content can fail in any of these steps
-        log.warning("Decoded images %s are not used, the files are decoded again: %s", path, error)
-        return None
-    log.info("Decoded images reused: %s", path)
-    return images.numpy()
-
-
-def _decoded(path: Path, key: str, decode: Callable[[], np.ndarray]) -> np.ndarray:
-    images = decode()
-    try:
-        save_checked(path, {"key": key, "images": torch.from_numpy(images)}, KIND)
-    except OSError as error:
-        log.warning("Decoded images are not kept, the next run decodes again: %s cannot be written (%s)", path, error)
-    return images

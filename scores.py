@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from cache import load_checked, made_once, save_checked
 from disk import write_whole
 from environment import code_digest
 from errors import ConfigError
 from filter_selection import Scores
+from kept import Kind, kept, key_of
 from memory import peak_memory
 from selection import PruningSelection
 from structure import ModelGraph
@@ -28,11 +28,11 @@ from structure import ModelGraph
 log = logging.getLogger(__name__)
 
 KEY = "pruning.scores_path"
-KIND = b"scores"
 VERSION = 1  # raised when a formula changes, so that scores of the old one are not taken for those of the new
 NUMBERS = (torch.float32, torch.float64, torch.int64)
 NO_SCORES = torch.empty(0)
 COSTS = ("scoring_seconds", "scoring_images", "scoring_peak_bytes")  # no facts: they shaped no score
+Scored = tuple[Scores, dict[str, Any]]  # and what scoring cost, by the names above
 FACTS = "facts.json"  # no name of a layer: it would have to be a module called `json` in one called `facts`
 
 
@@ -56,53 +56,37 @@ def obtain_scores(
         widths = {layer: graph.conv(layer).out_channels for layer in selector.layers(graph)}
         scores = _fitting(scores, made_with, facts, widths, given)
         costs = {name: made_with.get(name) for name in COSTS}
-        log.info("Scores reused, nothing is scored: %s (scoring took %.1f s)", given, costs["scoring_seconds"])
+        log.info("Scores reused, nothing is scored: %s%s", given, _took((scores, costs)))
     else:
         key = _cache_key(settings, facts, selector, graph)
         name = f"{settings.pruning.name}-{settings.dataset.name}-{settings.model.name}-{key[:16]}.scores"
-        path = Path(settings.cache_dir, name)
-        scores, costs = made_once(
-            path,
-            lambda: _from_cache(path, key),
-            lambda: _scored(settings, selector, graph, path, key),
-            f"scoring with {settings.pruning.name}",
-        )
+        doing = f"scoring with {settings.pruning.name}"
+        scores, costs = kept(SCORES, Path(settings.cache_dir, name), key, lambda: _scored(selector, graph), doing)
     save_scores(run_dir / "scores.npz", scores, facts | costs)
     return scores, costs
 
 
-def _scored(
-    settings: Any, selector: PruningSelection, graph: ModelGraph, path: Path, key: str
-) -> tuple[Scores, dict[str, Any]]:
-    """Scores made now, and left in the cache where it can be written."""
-    log.info("Scoring %d layers with %s ...", len(selector.layers(graph)), settings.pruning.name)
+def _scored(selector: PruningSelection, graph: ModelGraph) -> Scored:
+    log.info("Scoring %d layers with %s ...", len(selector.layers(graph)), selector.criterion.name)
     images = selector.batches.num_images if selector.criterion.needs_data else 0
     with peak_memory(next(graph.model.parameters()).device) as peak:
         start = time.perf_counter()
         scores = selector.score(graph)
         seconds = time.perf_counter() - start
-    costs = dict(zip(COSTS, (seconds, images, peak.bytes), strict=True))
-    try:
-        save_checked(path, {"key": key, "scores": scores, "costs": costs}, KIND)
-    except OSError as error:
-        log.warning("Scores are not kept, the next run scores again: %s cannot be written (%s)", path, error)
-    return scores, costs
+    return scores, dict(zip(COSTS, (seconds, images, peak.bytes), strict=True))
 
 
-def _from_cache(path: Path, key: str) -> tuple[Scores, dict[str, Any]] | None:
-    """None where there is no file, or one that is refused with a warning."""
-    try:
-        content = load_checked(path, KIND)
-        if content["key"] != key:
-            raise ValueError("they were made by other settings")
-        scores, costs = dict(content["scores"]), {name: content["costs"][name] for name in COSTS}
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # an intact checksum over foreign content can fail in any of these steps
-        log.warning("Cached scores %s are not used, it is scored again: %s", path, error)
-        return None
-    log.info("Scores reused, nothing is scored: %s (scoring took %.1f s)", path, costs["scoring_seconds"])
-    return scores, costs
+def _took(scored: Scored) -> str:
+    return f" (scoring took {scored[1]['scoring_seconds']:.1f} s)"
+
+
+SCORES: Kind[Scored] = Kind(
+    "scores",
+    "nothing is scored",
+    lambda scored: {"scores": scored[0], "costs": scored[1]},
+    lambda content: (dict(content["scores"]), {name: content["costs"][name] for name in COSTS}),
+    _took,
+)
 
 
 def _cache_key(settings: Any, facts: dict[str, Any], selector: PruningSelection, graph: ModelGraph) -> str:
@@ -114,7 +98,7 @@ def _cache_key(settings: Any, facts: dict[str, Any], selector: PruningSelection,
         "torch": torch.__version__,
         "code": [code_digest(), _source(type(selector.criterion))],
     }
-    return hashlib.sha256(json.dumps([facts, more], sort_keys=True).encode()).hexdigest()
+    return key_of([facts, more])
 
 
 def _source(criterion: type) -> str:

@@ -261,7 +261,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(whole, tmp_path, small_d
     (small_disk / "filler").write_bytes(bytes(64 * 1024))
     records = job(tmp_path, "run", f"cache_dir={small_disk}/cache", "training.retrain_after_pruning=false")
     assert len(records) == len(read_records(whole / "run" / "records.jsonl"))
-    assert "is not kept" in caplog.text and "Scores are not kept" in caplog.text
+    assert "Dense model not kept" in caplog.text and "Scores not kept" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 500, b"{}\n", b"null\n[]\n3\n", b'{"schema": 99}\n', b"\xff\xfe\n"])

@@ -14,9 +14,11 @@ import torchvision
 from torch import nn
 
 import cache
+import kept
 import models
-from cache import config_key, dense_model, load_checked, save_checked, shaping_facts
+from cache import dense_model, shaping_facts
 from errors import BenchmarkError
+from kept import load_checked, save_checked
 from models import get_model
 
 CPU = torch.device("cpu")
@@ -93,6 +95,9 @@ def make_settings(cache_dir):
     )
 
 
+DENSE = kept.Kind("dense model", "", dict, dict)
+
+
 def changed(settings, key, value):
     """A copy of the settings with the dotted key set."""
     result = copy.deepcopy(settings)
@@ -106,7 +111,7 @@ def changed(settings, key, value):
 
 
 def key_of(settings, fingerprint="facade", device="cpu"):
-    return config_key(shaping_facts(settings, fingerprint, device))
+    return kept.key_of(shaping_facts(settings, fingerprint, device))
 
 
 def cached_file(settings):
@@ -187,18 +192,20 @@ def test_damaged_file_is_replaced_with_a_warning(settings, caplog, damage):
     "content",
     [
         lambda good: {"something": 1},
+        lambda good: {"key": good["key"]},
         lambda good: [1, 2],
+        lambda good: {**good, "key": "0" * 64},
         lambda good: {**good, "facts": "{}"},
         lambda good: {**good, "state": {}},
         lambda good: {**good, "state": {**good["state"], "0.bias": torch.full((8,), float("nan"))}},
         lambda good: {**good, "history": [{"epoch": 1}]},
     ],
-    ids=["keys", "list", "other settings", "no weights", "nan", "history"],
+    ids=["keys", "key alone", "list", "other key", "other settings", "no weights", "nan", "history"],
 )
 def test_intact_file_with_foreign_content_is_replaced_with_a_warning(settings, caplog, content):
     dense_model(settings, Factory(), CPU)
     path = cached_file(settings)
-    save_checked(path, content(load_checked(path)))
+    save_checked(DENSE, path, content(load_checked(DENSE, path)))
     assert dense_model(settings, Factory(), CPU).source == "trained"
     assert "WARNING" in caplog.text and str(path) in caplog.text
     assert dense_model(settings, Factory(), CPU).source == "cache"
@@ -210,7 +217,7 @@ def test_pickled_code_in_a_cached_file_is_not_run(settings, tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     dense_model(settings, Factory(), CPU)
-    save_checked(cached_file(settings), {"facts": Evil()})
+    save_checked(DENSE, cached_file(settings), {"facts": Evil()})
     assert dense_model(settings, Factory(), CPU).source == "trained"
     assert not (tmp_path / "ran").exists()
 
@@ -222,13 +229,13 @@ def test_interrupted_writing_leaves_no_file_and_keeps_the_old_one(tmp_path, monk
         raise failure
 
     path = tmp_path / "model.pt"
-    save_checked(path, {"value": 1})
+    save_checked(DENSE, path, {"value": 1})
     with monkeypatch.context() as patched:
         patched.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), fail)
         with pytest.raises(type(failure)):
-            save_checked(path, {"value": 2})
+            save_checked(DENSE, path, {"value": 2})
     assert list(tmp_path.iterdir()) == [path]
-    assert load_checked(path) == {"value": 1}
+    assert load_checked(DENSE, path) == {"value": 1}
 
 
 def test_full_disk_costs_a_warning_and_the_run_goes_on(settings, monkeypatch, caplog):
@@ -245,7 +252,7 @@ def test_full_disk_costs_a_warning_and_the_run_goes_on(settings, monkeypatch, ca
 def test_cache_dir_that_is_a_file_costs_a_warning(settings, tmp_path, caplog):
     (tmp_path / "taken").write_text("a file")
     assert dense_model(changed(settings, "cache_dir", str(tmp_path / "taken")), Factory(), CPU).source == "trained"
-    assert "is not kept" in caplog.text
+    assert "Dense model not kept" in caplog.text
 
 
 def test_interrupted_training_leaves_nothing(settings, monkeypatch):
@@ -277,6 +284,7 @@ SHAPING = [
     ("training.batch_size_train", 8),
     ("training.use_data_augmentation", True),
     ("training.use_pretrained_model", True),
+    ("training.processes", 2),
 ]
 WITHOUT_EFFECT = [
     ("cache_dir", "elsewhere"),
@@ -334,15 +342,15 @@ def test_key_depends_on_the_content_of_the_weights_file_and_not_on_its_path(sett
 def test_key_is_pinned():
     """A changed key throws away every cached model: only a raised FORMAT_VERSION may do that."""
     facts = {"seed": 0, "data": "facade", "training": {"lr": 0.001, "epochs": 12, "early_stopping_patience": None}}
-    assert config_key(facts) == "3366a4522dbc13596ae580f3166c0ac8e91fed5d5f85e0ef26ba2978d33d0827"
-    assert config_key(dict(reversed(facts.items()))) == config_key(facts)
+    assert kept.key_of(facts) == "3366a4522dbc13596ae580f3166c0ac8e91fed5d5f85e0ef26ba2978d33d0827"
+    assert kept.key_of(dict(reversed(facts.items()))) == kept.key_of(facts)
 
 
 def test_facts_are_pinned(settings, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.2.3")
     monkeypatch.setattr(torchvision, "__version__", "0.2.3")
     assert shaping_facts(settings, "facade", "cpu") == {
-        "format": 1,
+        "format": 2,
         "torch": "1.2.3",
         "torchvision": "0.2.3",
         "device": "cpu",
@@ -368,6 +376,7 @@ def test_facts_are_pinned(settings, monkeypatch):
             "batch_size_train": 4,
             "use_data_augmentation": False,
             "use_pretrained_model": False,
+            "processes": 1,
         },
     }
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import data_files
-from cache import load_checked, save_checked
 from data_loader import get_data_factory
 from decoded import KIND
 from errors import BenchmarkError
+from kept import load_checked, save_checked
 from tests import formats
 from tests.test_data_loader import make_settings
 
@@ -90,20 +90,20 @@ def test_damaged_files_are_made_again(places, decoded, damage, caplog):
         path.write_bytes(damage(path.read_bytes()))
     opened = len(decoded)
     assert same(images(places), first) and len(decoded) == 2 * opened
-    assert caplog.text.count("are not used, the files are decoded again") == 2  # train and test
+    assert caplog.text.count("Decoded images not used and made again") == 2  # train and test
     assert same(images(places), first) and len(decoded) == 2 * opened
 
 
 def test_pixels_of_other_files_are_not_taken(places, decoded, caplog):
     first = images(places)
     for path in places[1].glob("*.images"):
-        content = load_checked(path, KIND)
-        save_checked(path, content | {"key": "0" * 64}, KIND)
-    assert same(images(places), first) and "they are of other files" in caplog.text
+        content = load_checked(KIND, path)
+        save_checked(KIND, path, content | {"key": "0" * 64})
+    assert same(images(places), first) and "it was made by other settings" in caplog.text
     for path in places[1].glob("*.images"):
-        content = load_checked(path, KIND)
-        save_checked(path, content | {"images": content["images"][1:]}, KIND)
-    assert same(images(places), first) and "they are torch.uint8" in caplog.text
+        content = load_checked(KIND, path)
+        save_checked(KIND, path, content | {"images": content["images"].float()})
+    assert same(images(places), first) and "it holds torch.float32" in caplog.text
 
 
 def test_a_missing_file_has_its_message(places):
@@ -115,5 +115,5 @@ def test_a_missing_file_has_its_message(places):
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(places, caplog):
     assert isinstance(images((places[0], "/dev/null/none"))[0]["train"], torch.Tensor)
-    assert "Decoded images are not kept" in caplog.text
+    assert "Decoded images not kept" in caplog.text
     assert np.asarray(images((places[0], "/dev/null/none"))[0]["test"]).dtype == np.uint8

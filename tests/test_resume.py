@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import experiment
+import kept
 import memory
 import metrics
 import run_status
-from cache import load_checked
+from kept import load_checked
 from records import read_records
 from run_status import Status, read_status
-from scores import KIND, _from_cache
+from scores import SCORES
 from tests.test_main import job
 
 MEASURED = {"environment_hash", "run_id", "times", "removal_seconds", "removal_peak_bytes", "retraining_seconds",
@@ -196,17 +197,17 @@ def test_damaged_scores_are_made_again(shared, tmp_path, caplog):
     first = job(shared, str(tmp_path / "one"), f"cache_dir={cache}", *quick)
     (path,) = cache.glob("*.scores")
     content = path.read_bytes()
-    key = load_checked(path, KIND)["key"]
+    key = load_checked(SCORES, path)["key"]
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    assert _from_cache(path, key) is not None
+    assert kept._read(SCORES, path, key) is not None
     for damaged in (b"", content[:middle], b"scores of another age\n", content + b"x", flipped):
         path.write_bytes(damaged)
         caplog.clear()
-        assert _from_cache(path, key) is None and f"Cached scores {path} are not used" in caplog.text
+        assert kept._read(SCORES, path, key) is None and f"Scores not used and made again: {path}" in caplog.text
     again = job(shared, str(tmp_path / "two"), f"cache_dir={cache}", *quick)
     assert figures(again) == figures(first)
-    assert _from_cache(path, key) is not None and _from_cache(path, "another key") is None
+    assert kept._read(SCORES, path, key) is not None and kept._read(SCORES, path, "another key") is None
 
 
 def test_a_status_that_cannot_be_read_is_none(tmp_path):
