@@ -191,7 +191,7 @@ def test_scores_are_shared_where_only_what_comes_after_differs(shared, tmp_path,
     assert "Scores reused" not in caplog.text
 
 
-def test_damaged_scores_are_made_again(shared, tmp_path, caplog):
+def test_damaged_scores_are_made_again(whole, shared, tmp_path, caplog):
     cache, quick = tmp_path / "cache", ("pruning.pruning_ratio=[0.4]", "training.retrain_after_pruning=false")
     shutil.copytree(shared / "cache", cache, ignore=shutil.ignore_patterns("*.scores"))
     first = job(shared, str(tmp_path / "one"), f"cache_dir={cache}", *quick)
