@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -233,6 +234,23 @@ def _places(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
         ):
             found[place].append(run)
     return {place: alike for place, alike in found.items() if len(alike) > 1}
+
+
+# Where the settings of the network stand that nothing is removed from, and those of them that only retraining reads.
+_OF_THE_NETWORK = {"dataset", "dataset_training", "device", "experiment", "model", "model_training", "training"}
+_OF_RETRAINING = {"training.retrain_epochs", "training.lr_retrain"}
+_OF_NO_CONTROL = {"training.retrain_after_pruning", "training.train_pruned_from_scratch"}
+
+
+def shaping(record: Record) -> tuple[str, ...]:
+    """Of the settings in a variant's name, those that shape the network of this stage though nothing is removed.
+
+    What a method is told, and which images it reads, does not; see `read_sweep` for what stands in the name.
+    """
+    words = re.split(r" (?=[\w./@]+=)", record.variant)[1:]  # a value may hold spaces
+    keys = {word: word.partition("=")[0] for word in words}
+    without = _OF_NO_CONTROL if record.stage == "retrained" else _OF_NO_CONTROL | _OF_RETRAINING
+    return tuple(w for w, key in keys.items() if key.partition(".")[0] in _OF_THE_NETWORK and key not in without)
 
 
 def _told(run: Run) -> dict[str, str]:
