@@ -53,8 +53,9 @@ class Sweep:
 def read_sweep(root: str | Path) -> Sweep:
     """Read every records.jsonl in and below `root`.
 
-    Of several runs of one configuration the last counts. Where runs of one variant, classes and seed differ in another
-    setting, what their command lines say of it becomes part of the variant's name.
+    Of several runs of one configuration the one that got furthest counts, the last among equals. Where runs of one
+    variant, classes and seed differ in another setting, what their command lines say of it becomes part of the
+    variant's name.
 
     Raises BenchmarkError where there is not one whole record.
     """
@@ -157,17 +158,35 @@ def _overrides(text: str) -> tuple[str, ...]:
 
 
 def _without_duplicates(runs: Sequence[Run], problems: list[str]) -> list[Run]:
-    """Of the runs that share a configuration, the one that began last; run ids begin with the time."""
+    """Of the runs that share a configuration, the one that got furthest."""
     same: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         first = run.records[0]
         same[first.config_hash, first.selected_classes].append(run)
     kept = []
     for alike in same.values():
-        last = max(alike, key=lambda run: run.records[0].run_id)
-        kept.append(last)
-        problems += [f"{run.name}: same configuration as {last.name}, left out" for run in alike if run is not last]
+        best = max(alike, key=_progress)
+        kept.append(best)
+        problems += [
+            f"{run.name}: same configuration as {best.name}{_behind(run, best)}, left out"
+            for run in alike
+            if run is not best
+        ]
     return sorted(kept, key=lambda run: runs.index(run))
+
+
+def _progress(run: Run) -> tuple[int, bool, str]:
+    """Orders runs by how far they got, and equal ones by when they began: run ids begin with the time."""
+    measured = {(record.stage, record.ratio, record.target) for record in run.records}
+    status = read_status(run.path)
+    return len(measured), status is not None and status.state == "done", run.records[0].run_id
+
+
+def _behind(run: Run, other: Run) -> str:
+    (measured, done, _), (more, finished, _) = _progress(run), _progress(other)
+    if measured < more:
+        return f", but {measured} of its {more} results"
+    return ", but not done" if done < finished else ""
 
 
 # What is no part of a variant: where things go, what is measured, and what says which block or target it is.
@@ -177,7 +196,7 @@ _NO_SETTING = {"cache_dir", "hydra", "latency", "log_results", "pruning.pruning_
 
 
 def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
-    """No two runs in one place of the comparison: they are told apart by settings, or all but the last are left out."""
+    """No two runs in one place of the comparison: they are told apart by settings, or all but one are left out."""
     varied: dict[tuple, set[str]] = defaultdict(set)
     for place, alike in _places(runs).items():
         told = [_told(run) for run in alike]
@@ -200,9 +219,9 @@ def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
         named.append(replace(run, records=tuple(replace(record, variant=variant) for record in run.records)))
     lost = {}
     for place, alike in _places(named).items():
-        last = max(alike, key=lambda run: run.records[0].run_id)
+        best = max(alike, key=_progress)
         lost |= {
-            run.name: f"{place[2]} on the same classes and seed as {last.name}" for run in alike if run is not last
+            run.name: f"{place[2]} on the same classes and seed as {best.name}" for run in alike if run is not best
         }
     problems += [
         f"{name}: {same}, and nothing that its command line says tells them apart, left out"
