@@ -290,24 +290,33 @@ def task_of(record: Record) -> str:
 
 
 def _gaps(records: Iterable[Record]) -> list[str]:
-    """What some variants of a dataset and model have and others lack: seeds, classes, targets, stages."""
+    """What some variants or blocks of a task and model have and others lack: seeds, classes, targets, stages."""
     cells: dict[tuple, dict[str, set]] = defaultdict(lambda: defaultdict(set))
+    blocks: dict[tuple, set] = defaultdict(set)
     for record in records:
+        panel = task_of(record), record.model
+        blocks[panel].add(block_of(record))  # also where nothing is pruned yet
         if record.stage != "dense" and record.ratio > 0:
             level = record.ratio if record.target is None else record.target
             cell = (block_of(record), record.match, level if record.match else None, record.stage)
-            cells[task_of(record), record.model][record.variant].add(cell)
+            cells[panel][record.variant].add(cell)
     problems = []
-    for (task, model), variants in cells.items():
+    for panel, variants in cells.items():
         everything = set().union(*variants.values())
         for variant, has in variants.items():
-            lacking = everything - has
-            blocks = sorted({cell[0] for cell in lacking})
-            if blocks:
-                classes, seed, _ = blocks[0]
-                more = f" and {len(blocks) - 1} more" if len(blocks) > 1 else ""
-                problems.append(
-                    f"{variant} on {task}, {model}: lacks {len(lacking)} of {len(everything)} results that others "
-                    f"have (seed {seed}, classes {', '.join(map(str, classes))}{more})"
-                )
+            problems += _lacking(variant, panel, everything - has, len(everything), "others")
+        crossed = {(block, *place) for block in blocks[panel] for _, *place in everything}
+        problems += _lacking("every variant", panel, crossed - everything, len(crossed), "other seeds or classes")
     return problems
+
+
+def _lacking(who: str, panel: tuple[str, str], lacking: set[tuple], of: int, others: str) -> list[str]:
+    """One sentence on the cells, each with its block first, or none where nothing is lacking."""
+    if not lacking:
+        return []
+    (classes, seed, _), *rest = sorted({cell[0] for cell in lacking})
+    more = f" and {len(rest)} more" if rest else ""
+    return [
+        f"{who} on {', '.join(panel)}: lacks {len(lacking)} of {of} results that {others} have "
+        f"(seed {seed}, classes {', '.join(map(str, classes))}{more})"
+    ]

@@ -205,3 +205,39 @@ def test_runs_that_nothing_tells_apart_are_not_averaged_but_named(tmp_path):
         "0: ocap on the same classes and seed as 1, and nothing that its command line says tells them apart, left out",
     )
     assert {record.variant for record in sweep.records} == {"ocap"}
+
+
+def without(records, **fields):
+    """The records but those that have these values."""
+    return [record for record in records if any(getattr(record, key) != value for key, value in fields.items())]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "results"),
+    [({"stage": "retrained"}, 2), ({"target": 0.6}, 2), ({"target": 0.6, "stage": "retrained"}, 1)],
+)
+def test_a_stage_or_target_that_no_variant_of_a_block_has_is_missed(lacking, results, tmp_path):
+    for seed in (0, 1, 2):
+        for variant in ("ocap", "random"):
+            records = run_of(variant, (1, 2), seed)
+            write_run(tmp_path / f"{seed} {variant}", without(records, **lacking) if seed else records)
+    assert read_sweep(tmp_path).problems == (
+        f"every variant on digits, 2 random classes, resnet18: lacks {2 * results} of 12 results that other seeds or "
+        "classes have (seed 1, classes 1, 2 and 1 more)",
+    )
+
+
+def test_a_block_where_nothing_is_pruned_yet_is_missed(tmp_path):
+    write_run(tmp_path / "0", run_of("ocap", (1, 2), 0))
+    write_run(tmp_path / "1", run_of("ocap", (1, 3), 0)[:2])
+    (problem,) = read_sweep(tmp_path).problems
+    assert "every variant on digits, 2 random classes, resnet18: lacks 4 of 8 results" in problem
+    assert "(seed 0, classes 1, 3)" in problem
+
+
+def test_other_classes_and_models_have_other_targets(tmp_path):
+    """No gap: what is asked of three classes need not be asked of two, nor of another network."""
+    write_run(tmp_path / "0", run_of("ocap", (1, 2), 0))
+    write_run(tmp_path / "1", run_of("ocap", (1, 2, 3), 0, targets=(0.3,)))
+    write_run(tmp_path / "2", run_of("ocap", (1, 2), 0, targets=(0.4,), model="vgg16"))
+    assert read_sweep(tmp_path).problems == ()
