@@ -1,6 +1,7 @@
 """The looks that all plots share: type, colours, titles, heat maps, and how a figure becomes a file.
 
-The colours of methods are those of Okabe and Ito, which any colour vision tells apart; shares are drawn in cividis.
+The colours of methods are those of Okabe and Ito and darker ones, which any colour vision tells apart, and each method
+has a marker of its own; shares are drawn in cividis.
 """
 
 import hashlib
@@ -19,19 +20,20 @@ from tables import describe_classes
 METHOD_COLOURS = {
     "ocap": "#0072B2",
     "lrp": "#009E73",
-    "pxp": "#009E73",  # a configuration of lrp
+    "pxp": "#225522",  # a configuration of lrp: a darker green
     "crisp": "#E69F00",
     "class_taylor": "#56B4E9",
     "firing_rate": "#CC79A7",
-    "torchpruner": "#A6761D",
+    "torchpruner": "#661100",
     "torch_pruning": "#332288",
     "ln_structured": "#D55E00",
-    "random": "#7F7F7F",  # the controls, not colours of their own
-    "matched_random": "#7F7F7F",
+    "random": "#858585",  # the controls are grey
+    "matched_random": "#444444",
 }
-# A second sign beside the colour: no two methods share both.
-METHOD_MARKERS = {"pxp": "s", "crisp": "D", "class_taylor": "^", "firing_rate": "v", "torchpruner": "P",
-                  "torch_pruning": "X", "ln_structured": "s", "matched_random": "s"}  # fmt: skip
+# A second sign beside the colour, which tells the methods apart without any.
+METHOD_MARKERS = {"ocap": "o", "lrp": ">", "pxp": "<", "crisp": "D", "class_taylor": "^", "firing_rate": "v",
+                  "torchpruner": "P", "torch_pruning": "X", "ln_structured": "s", "random": "*",
+                  "matched_random": "x"}  # fmt: skip
 MARKERS = "o^sDvPX<>p*h"
 INK, FAINT, PALE = "#333333", "#8C8C8C", "#E3E3E3"
 STYLE = {

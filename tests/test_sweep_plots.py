@@ -3,18 +3,20 @@
 import json
 from collections import defaultdict
 from dataclasses import replace
+from itertools import combinations
 from statistics import fmean
 
 import numpy as np
 import pytest
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 import sweep_plots
 from comparison import settings_of, standings
 from filter_selection import REGISTRY
-from plot_style import STYLE, render, variant_style
+from plot_style import METHOD_COLOURS, STYLE, render, variant_style
 from runs import block_of, read_sweep
 from settings import CONFIG_DIR
 from sweep_heat_maps import middle_level
@@ -79,11 +81,39 @@ def test_names_of_lines_do_not_overlap(tmp_path):
 
 def test_no_two_methods_look_alike_and_each_looks_the_same_everywhere():
     methods = [path.stem for path in (CONFIG_DIR / "pruning").glob("*.yaml")]
-    looks = {tuple(variant_style(method).values()) for method in methods}
+    looks = {(variant_style(method)["color"], variant_style(method)["marker"]) for method in methods}
     assert len(looks) == len(methods) == len(REGISTRY)
     changed = variant_style("ocap scoring_classes=all")
     assert changed == variant_style("ocap scoring_classes=all") and changed["color"] == variant_style("ocap")["color"]
     assert changed["linestyle"] != "-" != variant_style("ocap scoring_classes=complement")["linestyle"]
+
+
+# Machado et al., IEEE TVCG 2009: what is left of linear RGB without the cones for red, and for green.
+VISION = {
+    "all cones": np.eye(3),
+    "no red": np.array([[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]]),
+    "no green": np.array([[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9690]]),
+}
+
+
+def lab(colour, seen):
+    """CIE L*a*b*, white D65, of an sRGB colour as it is seen."""
+    rgb = np.array(to_rgb(colour))
+    linear = seen @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+    shares = to_xyz @ linear.clip(0, 1) / (0.9505, 1, 1.0888)
+    x, y, z = np.where(shares > 0.008856, np.cbrt(shares), 7.787 * shares + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize(("vision", "least"), [("all cones", 25), ("no red", 9), ("no green", 9)])
+def test_methods_can_be_told_apart_by_colour_in_any_vision_and_by_marker_without(vision, least):
+    """A difference of 2.3 is just seen where colours touch."""
+    assert REGISTRY.keys() <= METHOD_COLOURS.keys()
+    assert len({variant_style(method)["marker"] for method in REGISTRY}) == len(REGISTRY)
+    seen = {method: lab(METHOD_COLOURS[method], VISION[vision]) for method in REGISTRY}
+    apart = {pair: np.linalg.norm(seen[pair[0]] - seen[pair[1]]) for pair in combinations(sorted(seen), 2)}
+    assert not {pair: distance for pair, distance in apart.items() if distance < least}
 
 
 def test_overlap_of_selections_is_the_mean_jaccard_index(sweep):
