@@ -69,7 +69,8 @@ def variant_style(variant: str) -> dict[str, str]:
     if changes:
         digest = hashlib.sha256(changes.encode()).digest()
         others = MARKERS.replace(marker, "")
-        marker, line = others[digest[0] % len(others)], ("--", "-.", ":")[digest[1] % 3]
+        # Any byte would do; by this one the settings that experiments vary have markers that differ.
+        marker, line = others[digest[23] % len(others)], ("--", "-.", ":")[digest[1] % 3]
     return {"color": method_colour(method), "marker": marker, "linestyle": line}
 
 
@@ -114,6 +115,19 @@ def heat_maps(columns: Sequence[int], rows: Sequence[str], cell_width: float) ->
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     return figure, list(axes)
+
+
+def stacked_heat_maps(rows: Sequence[Sequence[str]], columns: int, cell_width: float) -> tuple[Figure, list[Axes]]:
+    """Heat maps below each other, each with named rows of its own, all with the same columns."""
+    counts = [len(names) for names in rows]
+    width = cell_width * columns + 0.3 + 0.075 * max(len(name) for names in rows for name in names)
+    height = 0.19 * sum(counts) + 0.5 * len(counts) + 0.9
+    figure = Figure(figsize=(max(width, 6.4), height), layout="constrained")
+    axes = list(figure.subplots(len(counts), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0])
+    for names, place in zip(rows, axes, strict=True):
+        place.set_yticks(range(len(names)), names)
+        place.set_ylim(len(names) - 0.5, -0.5)
+    return figure, axes
 
 
 def draw_heat_map(
