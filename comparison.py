@@ -16,7 +16,7 @@ from scipy.special import ndtr, stdtrit
 
 from record_checks import TOLERANCE
 from records import Record
-from runs import block_of, task_of
+from runs import block_of, shaping, task_of
 from tables import headline
 
 RESAMPLES = 10_000
@@ -239,19 +239,26 @@ CONTROLS = {
 def controls(records: Iterable[Record], setting: Setting) -> dict[str, Estimate]:
     """The accuracy of networks that nothing was removed from, by what was done to them, on the blocks of a setting.
 
-    Only those that every block has. Runs of one block measured the same network; where they differ, the mean counts.
+    They are those of the runs of the variants compared. Runs of one block whose settings made the same network of it
+    measured the same; where they differ, the mean counts. Settings that made another are named, and have a control of
+    their own. Only controls that every block has.
     """
     records = list(records)
-    blocks = cells_of(records, setting).blocks
-    found: dict[tuple[str, str], dict[Block, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for r in records:
-        if (task_of(r), r.model) == (setting.task, setting.model) and (r.stage == "dense" or r.ratio == 0):
-            found[r.stage, r.head][block_of(r)].append(r.accuracy)
-    whole = {said: found[key] for key, said in CONTROLS.items() if set(blocks) <= found[key].keys()}
-    if not blocks:
+    cells = cells_of(records, setting)
+    if not cells.blocks:
         return {}
-    resampling = Resampling(blocks)
-    return {said: resampling.mean([_mean(values[block]) for block in blocks]) for said, values in whole.items()}
+    found: dict[tuple, dict[Block, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in records:
+        same = (task_of(r), r.model) == (setting.task, setting.model) and r.variant in cells.records
+        if same and (r.stage, r.head) in CONTROLS and (r.stage == "dense" or r.ratio == 0):
+            found[r.stage, r.head, shaping(r)][block_of(r)].append(r.accuracy)
+    resampling, order, told = Resampling(cells.blocks), list(CONTROLS), {}
+    for stage, head, named in sorted(found, key=lambda key: (order.index(key[:2]), key[2])):
+        values = found[stage, head, named]
+        if set(cells.blocks) <= values.keys():
+            said = " ".join([CONTROLS[stage, head], *([f"({', '.join(named)})"] if named else [])])
+            told[said] = resampling.mean([_mean(values[block]) for block in cells.blocks])
+    return told
 
 
 def difference(records: Iterable[Record], setting: Setting, variant: str, other: str) -> Estimate | None:

@@ -1,6 +1,7 @@
 """The looks that all plots share: type, colours, titles, heat maps, and how a figure becomes a file.
 
-The colours of methods are those of Okabe and Ito, which any colour vision tells apart; shares are drawn in cividis.
+The colours of methods are those of Okabe and Ito and darker ones, which any colour vision tells apart, and each method
+has a marker of its own; shares are drawn in cividis.
 """
 
 import hashlib
@@ -19,19 +20,20 @@ from tables import describe_classes
 METHOD_COLOURS = {
     "ocap": "#0072B2",
     "lrp": "#009E73",
-    "pxp": "#009E73",  # a configuration of lrp
+    "pxp": "#225522",  # a configuration of lrp: a darker green
     "crisp": "#E69F00",
     "class_taylor": "#56B4E9",
     "firing_rate": "#CC79A7",
-    "torchpruner": "#A6761D",
+    "torchpruner": "#661100",
     "torch_pruning": "#332288",
     "ln_structured": "#D55E00",
-    "random": "#7F7F7F",  # the controls, not colours of their own
-    "matched_random": "#7F7F7F",
+    "random": "#858585",  # the controls are grey
+    "matched_random": "#444444",
 }
-# A second sign beside the colour: no two methods share both.
-METHOD_MARKERS = {"pxp": "s", "crisp": "D", "class_taylor": "^", "firing_rate": "v", "torchpruner": "P",
-                  "torch_pruning": "X", "ln_structured": "s", "matched_random": "s"}  # fmt: skip
+# A second sign beside the colour, which tells the methods apart without any.
+METHOD_MARKERS = {"ocap": "o", "lrp": ">", "pxp": "<", "crisp": "D", "class_taylor": "^", "firing_rate": "v",
+                  "torchpruner": "P", "torch_pruning": "X", "ln_structured": "s", "random": "*",
+                  "matched_random": "x"}  # fmt: skip
 MARKERS = "o^sDvPX<>p*h"
 INK, FAINT, PALE = "#333333", "#8C8C8C", "#E3E3E3"
 STYLE = {
@@ -67,7 +69,8 @@ def variant_style(variant: str) -> dict[str, str]:
     if changes:
         digest = hashlib.sha256(changes.encode()).digest()
         others = MARKERS.replace(marker, "")
-        marker, line = others[digest[0] % len(others)], ("--", "-.", ":")[digest[1] % 3]
+        # Any byte would do; by this one the settings that experiments vary have markers that differ.
+        marker, line = others[digest[23] % len(others)], ("--", "-.", ":")[digest[1] % 3]
     return {"color": method_colour(method), "marker": marker, "linestyle": line}
 
 
@@ -112,6 +115,19 @@ def heat_maps(columns: Sequence[int], rows: Sequence[str], cell_width: float) ->
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     return figure, list(axes)
+
+
+def stacked_heat_maps(rows: Sequence[Sequence[str]], columns: int, cell_width: float) -> tuple[Figure, list[Axes]]:
+    """Heat maps below each other, each with named rows of its own, all with the same columns."""
+    counts = [len(names) for names in rows]
+    width = cell_width * columns + 0.3 + 0.075 * max(len(name) for names in rows for name in names)
+    height = 0.19 * sum(counts) + 0.5 * len(counts) + 0.9
+    figure = Figure(figsize=(max(width, 6.4), height), layout="constrained")
+    axes = list(figure.subplots(len(counts), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0])
+    for names, place in zip(rows, axes, strict=True):
+        place.set_yticks(range(len(names)), names)
+        place.set_ylim(len(names) - 0.5, -0.5)
+    return figure, axes
 
 
 def draw_heat_map(

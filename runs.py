@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -52,8 +53,9 @@ class Sweep:
 def read_sweep(root: str | Path) -> Sweep:
     """Read every records.jsonl in and below `root`.
 
-    Of several runs of one configuration the last counts. Where runs of one variant, classes and seed differ in another
-    setting, what their command lines say of it becomes part of the variant's name.
+    Of several runs of one configuration the one that got furthest counts, the last among equals. Where runs of one
+    variant, classes and seed differ in another setting, what their command lines say of it becomes part of the
+    variant's name.
 
     Raises BenchmarkError where there is not one whole record.
     """
@@ -156,17 +158,35 @@ def _overrides(text: str) -> tuple[str, ...]:
 
 
 def _without_duplicates(runs: Sequence[Run], problems: list[str]) -> list[Run]:
-    """Of the runs that share a configuration, the one that began last; run ids begin with the time."""
+    """Of the runs that share a configuration, the one that got furthest."""
     same: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         first = run.records[0]
         same[first.config_hash, first.selected_classes].append(run)
     kept = []
     for alike in same.values():
-        last = max(alike, key=lambda run: run.records[0].run_id)
-        kept.append(last)
-        problems += [f"{run.name}: same configuration as {last.name}, left out" for run in alike if run is not last]
+        best = max(alike, key=_progress)
+        kept.append(best)
+        problems += [
+            f"{run.name}: same configuration as {best.name}{_behind(run, best)}, left out"
+            for run in alike
+            if run is not best
+        ]
     return sorted(kept, key=lambda run: runs.index(run))
+
+
+def _progress(run: Run) -> tuple[int, bool, str]:
+    """Orders runs by how far they got, and equal ones by when they began: run ids begin with the time."""
+    measured = {(record.stage, record.ratio, record.target) for record in run.records}
+    status = read_status(run.path)
+    return len(measured), status is not None and status.state == "done", run.records[0].run_id
+
+
+def _behind(run: Run, other: Run) -> str:
+    (measured, done, _), (more, finished, _) = _progress(run), _progress(other)
+    if measured < more:
+        return f", but {measured} of its {more} results"
+    return ", but not done" if done < finished else ""
 
 
 # What is no part of a variant: where things go, what is measured, and what says which block or target it is.
@@ -176,7 +196,7 @@ _NO_SETTING = {"cache_dir", "hydra", "latency", "log_results", "pruning.pruning_
 
 
 def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
-    """No two runs in one place of the comparison: they are told apart by settings, or all but the last are left out."""
+    """No two runs in one place of the comparison: they are told apart by settings, or all but one are left out."""
     varied: dict[tuple, set[str]] = defaultdict(set)
     for place, alike in _places(runs).items():
         told = [_told(run) for run in alike]
@@ -199,9 +219,9 @@ def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
         named.append(replace(run, records=tuple(replace(record, variant=variant) for record in run.records)))
     lost = {}
     for place, alike in _places(named).items():
-        last = max(alike, key=lambda run: run.records[0].run_id)
+        best = max(alike, key=_progress)
         lost |= {
-            run.name: f"{place[2]} on the same classes and seed as {last.name}" for run in alike if run is not last
+            run.name: f"{place[2]} on the same classes and seed as {best.name}" for run in alike if run is not best
         }
     problems += [
         f"{name}: {same}, and nothing that its command line says tells them apart, left out"
@@ -235,6 +255,23 @@ def _places(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
     return {place: alike for place, alike in found.items() if len(alike) > 1}
 
 
+# Where the settings of the network stand that nothing is removed from, and those of them that only retraining reads.
+_OF_THE_NETWORK = {"dataset", "dataset_training", "device", "experiment", "model", "model_training", "training"}
+_OF_RETRAINING = {"training.retrain_epochs", "training.lr_retrain"}
+_OF_NO_CONTROL = {"training.retrain_after_pruning", "training.train_pruned_from_scratch"}
+
+
+def shaping(record: Record) -> tuple[str, ...]:
+    """Of the settings in a variant's name, those that shape the network of this stage though nothing is removed.
+
+    What a method is told, and which images it reads, does not; see `read_sweep` for what stands in the name.
+    """
+    words = re.split(r" (?=[\w./@]+=)", record.variant)[1:]  # a value may hold spaces
+    keys = {word: word.partition("=")[0] for word in words}
+    without = _OF_NO_CONTROL if record.stage == "retrained" else _OF_NO_CONTROL | _OF_RETRAINING
+    return tuple(w for w, key in keys.items() if key.partition(".")[0] in _OF_THE_NETWORK and key not in without)
+
+
 def _told(run: Run) -> dict[str, str]:
     """The settings on a run's command line, as far as they are of the result."""
     pairs = (override.lstrip("+~").partition("=") for override in run.overrides or ())
@@ -253,24 +290,33 @@ def task_of(record: Record) -> str:
 
 
 def _gaps(records: Iterable[Record]) -> list[str]:
-    """What some variants of a dataset and model have and others lack: seeds, classes, targets, stages."""
+    """What some variants or blocks of a task and model have and others lack: seeds, classes, targets, stages."""
     cells: dict[tuple, dict[str, set]] = defaultdict(lambda: defaultdict(set))
+    blocks: dict[tuple, set] = defaultdict(set)
     for record in records:
+        panel = task_of(record), record.model
+        blocks[panel].add(block_of(record))  # also where nothing is pruned yet
         if record.stage != "dense" and record.ratio > 0:
             level = record.ratio if record.target is None else record.target
             cell = (block_of(record), record.match, level if record.match else None, record.stage)
-            cells[task_of(record), record.model][record.variant].add(cell)
+            cells[panel][record.variant].add(cell)
     problems = []
-    for (task, model), variants in cells.items():
+    for panel, variants in cells.items():
         everything = set().union(*variants.values())
         for variant, has in variants.items():
-            lacking = everything - has
-            blocks = sorted({cell[0] for cell in lacking})
-            if blocks:
-                classes, seed, _ = blocks[0]
-                more = f" and {len(blocks) - 1} more" if len(blocks) > 1 else ""
-                problems.append(
-                    f"{variant} on {task}, {model}: lacks {len(lacking)} of {len(everything)} results that others "
-                    f"have (seed {seed}, classes {', '.join(map(str, classes))}{more})"
-                )
+            problems += _lacking(variant, panel, everything - has, len(everything), "others")
+        crossed = {(block, *place) for block in blocks[panel] for _, *place in everything}
+        problems += _lacking("every variant", panel, crossed - everything, len(crossed), "other seeds or classes")
     return problems
+
+
+def _lacking(who: str, panel: tuple[str, str], lacking: set[tuple], of: int, others: str) -> list[str]:
+    """One sentence on the cells, each with its block first, or none where nothing is lacking."""
+    if not lacking:
+        return []
+    (classes, seed, _), *rest = sorted({cell[0] for cell in lacking})
+    more = f" and {len(rest)} more" if rest else ""
+    return [
+        f"{who} on {', '.join(panel)}: lacks {len(lacking)} of {of} results that {others} have "
+        f"(seed {seed}, classes {', '.join(map(str, classes))}{more})"
+    ]

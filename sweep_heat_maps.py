@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from math import nan
+from math import ceil, nan
 from statistics import fmean
 
 from matplotlib import rc_context
@@ -12,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from comparison import BUDGETS, met
-from plot_style import STYLE, draw_heat_map, heat_maps
+from plot_style import STYLE, draw_heat_map, heat_maps, stacked_heat_maps
 from records import Record
 from runs import Run, Sweep, block_of, task_of
+
+CELL, LETTER = 0.4, 0.075  # inches: of a cell's width, and of a letter of a title's, about
 
 
 def middle_level(sweep: Sweep) -> tuple[str | None, float] | None:
@@ -59,19 +61,33 @@ def accuracy_lost_per_class(sweep: Sweep) -> Figure | None:
     variants = sorted({variant for rows in lost.values() for variant in rows})
     means = [[[_mean(lost[d, m][v][name]) for name in names] for v in variants] for d, m, names in panels]
     highest = max([1.0, *(value for panel in means for row in panel for value in row if value is not None)])
+    titles, least = _panel_titles([(task, model) for task, model, _ in panels])
     with rc_context(STYLE):
-        figure, axes = heat_maps([len(names) for *_, names in panels], variants, cell_width=0.4)
-        for (task, model, names), values, panel in zip(panels, means, axes, strict=True):
-            texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
+        figure, axes = heat_maps([max(len(names), least) for *_, names in panels], variants, cell_width=CELL)
+        for text, (*_, names), values, panel in zip(titles, panels, means, axes, strict=True):
+            texts = [["" if value is None else f"{round(value)}" for value in row] for row in values]
             draw_heat_map(panel, _with_gaps(values), texts, 0, highest)
             _name_columns(panel, names)
-            panel.set_title(f"{task}, {model}")
+            panel.set_title(text)
+        figure.set_figheight(figure.get_figheight() + 0.17 * titles[0].count("\n"))
         _title(figure, f"Points of accuracy that each class loses, {said(middle_level(sweep))}")
     return figure
 
 
+def _panel_titles(panels: list[tuple[str, str]]) -> tuple[list[str], int]:
+    """The title of each task and model, in lines where there are several, and how many cells leave room for any."""
+    if len(panels) == 1:
+        return [", ".join(panels[0])], 1
+    lines = [", ".join(panel).replace(", ", ",\n") for panel in panels]
+    widest = max(len(line) for text in lines for line in text.splitlines())
+    return lines, ceil(widest * LETTER / CELL)
+
+
 def filters_kept_per_layer(sweep: Sweep) -> Figure | None:
-    """Percentage of its filters that each layer keeps, a mean over the runs; layers from input to output."""
+    """Percentage of its filters that each layer keeps, a mean over the runs; layers from input to output.
+
+    A panel a model, below each other, of the first of its tasks.
+    """
     kept: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
@@ -79,24 +95,25 @@ def filters_kept_per_layer(sweep: Sweep) -> Figure | None:
         for layer, width in record.widths_dense.items():
             share = 100 * record.filters_kept_per_layer[layer] / width
             kept[task_of(record), record.model][layer][record.variant].append(share)
-    if not kept:
+    first = {model: (task, model) for task, model in sorted(kept, reverse=True)}
+    panels = [(first[model], rows) for model in sorted(first) if (rows := _pruned_layers(kept[first[model]]))]
+    if not panels:
         return None
-    models = {model: key for key in sorted(kept, reverse=True) for model in [key[1]]}  # one task a model
-    (task, model) = models[sorted(models)[0]]
-    layers = kept[task, model]
-    pruned = [layer for layer, row in layers.items() if any(share < 100 for shares in row.values() for share in shares)]
-    variants = sorted({variant for row in layers.values() for variant in row})
-    if not pruned:
-        return None
-    values = [[_mean(layers[layer][variant]) for variant in variants] for layer in pruned]
+    variants = sorted({variant for _, rows in panels for row in rows.values() for variant in row})
     with rc_context(STYLE):
-        figure, (axes,) = heat_maps([len(variants)], pruned, cell_width=0.42)
-        texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
-        draw_heat_map(axes, _with_gaps(values), texts, 0, 100)
-        _name_columns(axes, variants)
-        axes.set_title(f"{task}, {model}; layers that no variant prunes are left out")
+        figure, axes = stacked_heat_maps([list(rows) for _, rows in panels], len(variants), cell_width=0.42)
+        for (panel, rows), place in zip(panels, axes, strict=True):
+            values = [[_mean(row.get(variant, [])) for variant in variants] for row in rows.values()]
+            texts = [["" if value is None else f"{value:.0f}" for value in row] for row in values]
+            draw_heat_map(place, _with_gaps(values), texts, 0, 100)
+            place.set_title(f"{', '.join(panel)}; layers that no variant prunes are left out")
+        _name_columns(axes[-1], variants, above=sum(0.19 * len(rows) + 0.5 for _, rows in panels[:-1]))
         _title(figure, f"Filters kept in each layer (%), {said(middle_level(sweep))}")
     return figure
+
+
+def _pruned_layers(layers: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    return {layer: row for layer, row in layers.items() if any(share < 100 for own in row.values() for share in own)}
 
 
 def selected(sweep: Sweep) -> Iterator[tuple[Record, set[tuple[str, int]]]]:
@@ -139,11 +156,12 @@ def _mean(values: list[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def _name_columns(axes: Axes, names: list[str]) -> None:
-    """Slanted names below the columns, and room for them."""
+def _name_columns(axes: Axes, names: list[str], above: float = 0.0) -> None:
+    """Slanted names below the columns, and room for them. above: inches that other heat maps take above this one."""
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     figure, letters = axes.figure, max(map(len, names))
-    figure.set_figheight(max(figure.get_figheight(), 0.19 * len(axes.get_yticks()) + 1.0 + 0.06 * letters))
+    height = above + 0.19 * len(axes.get_yticks()) + 1.0 + 0.06 * letters
+    figure.set_figheight(max(figure.get_figheight(), height))
     figure.set_figwidth(max(figure.get_figwidth(), 0.42 * len(names) + 0.13 * letters))
 
 

@@ -27,9 +27,11 @@
     for (const other of header.parentNode.cells) other.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", down ? "descending" : "ascending");
     const key = (row) => row.cells[header.cellIndex].textContent;
+    const number = (text) => text ? Number(text.replace(/^~/, "")) : NaN;  // ~: noisy, and a number all the same
     const compare = (a, b) => {
-      const [x, y] = [parseFloat(key(a)), parseFloat(key(b))];
-      const order = Number.isNaN(x) || Number.isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
+      const [x, y] = [number(key(a)), number(key(b))];
+      if (Number.isNaN(x) !== Number.isNaN(y)) return Number.isNaN(x) ? 1 : -1;  // what is missing comes last, always
+      const order = Number.isNaN(x) ? key(a).localeCompare(key(b), "en", {numeric: true}) : x - y;
       return down ? -order : order;
     };
     rows.sort(compare);

@@ -26,7 +26,8 @@ from comparison import (
     standings,
 )
 from runs import block_of, read_sweep, task_of
-from tests.sample_sweeps import LEVELS, records_of, run_of
+from tests.sample_records import certainty
+from tests.sample_sweeps import LEVELS, records_of, run_of, write_run
 
 AFTER = Setting("digits, 3 random classes", "resnet18", "retrained", "macs", 0.6)
 COMMITTED = Path(__file__).resolve().parent.parent / "results"
@@ -177,6 +178,65 @@ def test_controls_are_the_networks_that_nothing_was_removed_from():
         assert found[said].value == pytest.approx(np.mean([np.mean(row) for row in values.values()]))
     without = [r for r in records if r.stage != "dense" or r.seed]
     assert set(controls(without, AFTER)) == set(found) - {"with all logits"}
+
+
+def told_runs(root, settings):
+    """Runs of one variant on the same 2 by 1 blocks, a set of settings each; accuracies differ from one to the next."""
+    for number, told in enumerate(settings):
+        for subset in ((0, 3, 6), (1, 4, 7)):
+            rows = run_of("ocap", subset, 0, level=0.6 + 0.1 * number)
+            lower = 1 - 0.05 * number  # of the controls, too
+            rows = [lowered(r, lower, f"{r.run_id} {number}") for r in rows]
+            write_run(root / f"{number} {subset[0]}", rows, told)
+    return read_sweep(root).records
+
+
+def lowered(r, share, name):
+    per_class = {label: round(100 * share * value) / 100 for label, value in r.accuracy_per_class.items()}
+    answers = certainty(per_class, r.images_per_class) | {"worst_class_accuracy": min(per_class.values())}
+    everywhere = r.accuracy_all_classes and share * r.accuracy_all_classes
+    return replace(
+        r, run_id=name, config_hash=name, accuracy_per_class=per_class, accuracy_all_classes=everywhere, **answers
+    )
+
+
+def mean_control(records, stage, *variants):
+    return np.mean([r.accuracy for r in records if r.stage == stage and not r.ratio and r.variant in variants])
+
+
+def test_a_control_that_was_retrained_otherwise_is_not_averaged_with_the_others(tmp_path):
+    records = told_runs(tmp_path, [["training.retrain_epochs=3"], ["training.retrain_epochs=30"]])
+    short, long = (f"ocap training.retrain_epochs={epochs}" for epochs in (3, 30))
+    found = controls(records, AFTER)
+    expected = {
+        # What retraining is told has no say in these: one network for both.
+        "with all logits": mean_control(records, "dense", short, long),
+        "with the replaced head": mean_control(records, "pruned", short, long),
+        "with that and the same retraining (training.retrain_epochs=3)": mean_control(records, "retrained", short),
+        "with that and the same retraining (training.retrain_epochs=30)": mean_control(records, "retrained", long),
+    }
+    assert {said: mean.value for said, mean in found.items()} == pytest.approx(expected)
+    assert list(found) == list(expected)
+
+
+def test_settings_that_shape_the_dense_network_set_all_controls_apart(tmp_path):
+    records = told_runs(tmp_path, [[], ["training.epochs=2", "dataset.classes=[a, b]"]])
+    named = "ocap dataset.classes=[a, b] training.epochs=2"
+    found = controls(records, AFTER)
+    for said, stage in {"with all logits": "dense", "with the replaced head": "pruned"}.items():
+        assert found[said].value == pytest.approx(mean_control(records, stage, "ocap"))
+        other = found[f"{said} (dataset.classes=[a, b], training.epochs=2)"]
+        assert other.value == pytest.approx(mean_control(records, stage, named))
+    assert len(found) == 6
+
+
+def test_what_the_method_is_told_sets_no_control_apart(tmp_path):
+    records = told_runs(tmp_path, [["pruning.residual=skip"], ["pruning.residual=coupled", "num_pruning_samples=3"]])
+    variants = {r.variant for r in records}
+    assert len(variants) == 2
+    found = controls(records, AFTER)
+    assert found["with all logits"].value == pytest.approx(mean_control(records, "dense", *variants))
+    assert len(found) == 3
 
 
 def test_a_paired_difference_is_the_mean_of_differences_within_blocks():

@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 import report
-from comparison_table import markdown, sentence, tidy, words
+from comparison_table import MISSING, markdown, sentence, tidy, words
 from page import page
 from runs import read_sweep
 from sweep_plots import SWEEP_PLOTS
@@ -131,8 +132,6 @@ def test_the_page_is_whole_and_asks_for_nothing(root, written):
 
 
 def test_names_cannot_become_markup(tmp_path):
-    from dataclasses import replace
-
     rows = run_of("ocap", (1, 2), 0)
     odd = ('<b>"x"&', "</script><script>alert(1)")
     renamed = [
@@ -182,24 +181,64 @@ document.title = "PROBE" + JSON.stringify(probe) + "END";
 </script></body>"""
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
-@pytest.mark.parametrize("width", [1280, 500])  # a headless window is not made narrower than 500
-def test_the_page_in_a_browser(root, written, width, tmp_path):
-    probed = tmp_path / "probed.html"
-    probed.write_text((root / "report.html").read_text().replace("</body>", PROBE))
+SORTED = """<script>
+const section = document.getElementById("results");
+const sorted = (title) => {
+  const button = [...section.querySelectorAll("th button")].find((button) => button.textContent === title);
+  button.click();
+  return [...section.querySelectorAll("tbody tr")].map((row) => row.cells[button.closest("th").cellIndex].textContent);
+};
+const probe = {};
+for (const title of ["latency %", "target %", "classes"]) probe[title] = [sorted(title), sorted(title)];
+document.title = "PROBE" + JSON.stringify(probe) + "END";
+</script></body>"""
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
+)
+
+
+def probed(text: str, script: str, folder: Path, width: int = 1280) -> dict:
+    """What the script tells of the page in a browser window so wide."""
+    path = folder / "probed.html"
+    path.write_text(text.replace("</body>", script))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},900"]
     done = subprocess.run(
-        [CHROMIUM, *options, f"--user-data-dir={tmp_path}/profile", "--dump-dom", probed.as_uri()],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)},
+        [CHROMIUM, *options, f"--user-data-dir={folder}/profile", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(folder)},
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
-    probe = json.loads(re.search("PROBE(.*)END</title>", done.stdout).group(1).replace("&amp;", "&"))
+    return json.loads(re.search("PROBE(.*)END</title>", done.stdout).group(1).replace("&amp;", "&"))
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 500])  # a headless window is not made narrower than 500
+def test_the_page_in_a_browser(root, written, width, tmp_path):
+    probe = probed((root / "report.html").read_text(), PROBE, tmp_path, width)
     total = len(read_sweep(root).records)
     assert probe["rows"] == total and probe["width"] == width and probe["overflow"] <= 0
     assert probe["searched"] == 27 and probe["said"] == f"27 of {total} rows" and probe["contradiction"] == 0
     assert probe["chosen"] == total / len(LEVELS)
     assert probe["sorted"] == sorted(probe["sorted"], reverse=True) and probe["order"] == "descending"
+
+
+@pytest.mark.slow
+@needs_browser
+def test_noisy_values_are_sorted_as_numbers_and_missing_ones_come_last(tmp_path):
+    rows = run_of("ocap", (1, 2), 0, targets=(0.03, 0.3, 0.85)) + run_of("ocap", (10, 9), 1, targets=())
+    for number, row in enumerate(rows):
+        shares = [replace(timing, noisy=number % 2 == 0, ratio_low=0.01) for timing in row.times]
+        rows[number] = replace(row, times=() if number == 4 else tuple(shares))
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), [row for row in rows if row.seed == seed])
+    probe = probed(page(read_sweep(tmp_path), {}, "sorted"), SORTED, tmp_path)
+    for title, missing in (("latency %", 1), ("target %", 6)):
+        for cells, down in zip(probe[title], (False, True), strict=True):
+            numbers = [float(cell.removeprefix("~")) for cell in cells[: len(cells) - missing]]
+            assert numbers == sorted(numbers, reverse=down) and len(set(numbers)) > 2
+            assert set(cells[len(cells) - missing :]) == {MISSING}
+    assert any(cell.startswith("~") for cell in probe["latency %"][0])
+    assert probe["classes"][0] == 9 * ["class 1, class 2"] + 3 * ["class 10, class 9"] == probe["classes"][1][::-1]
 
 
 if __name__ == "__main__":

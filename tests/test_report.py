@@ -396,9 +396,7 @@ def test_a_method_keeps_its_colour():
     assert plot_style.method_colour("ocap") == "#0072B2"
     assert plot_style.method_colour("never heard of") == plot_style.method_colour("never heard of")
     assert plot_style.method_colour("never heard of") in plot_style.METHOD_COLOURS.values()
-    assert (
-        len(set(plot_style.METHOD_COLOURS.values())) == len(plot_style.METHOD_COLOURS) - 2
-    )  # pxp: lrp's; two controls
+    assert len(set(plot_style.METHOD_COLOURS.values())) == len(plot_style.METHOD_COLOURS)
     code = "import plot_style; print(plot_style.method_colour('never heard of'))"
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}

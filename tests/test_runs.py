@@ -1,5 +1,6 @@
 """What is whole is read, what is not is named."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -94,6 +95,46 @@ def test_what_is_whole_is_read_and_the_rest_is_named(damage, runs, records, prob
     assert (len(sweep.runs), len(sweep.records)) == (runs, records) and problem in sweep.problems
 
 
+def again(root, name, records=None, state=None):
+    """A later run of the configuration of run 0, cut off after so many records."""
+    shutil.copytree(root / "0", root / name)
+    path = root / name / "records.jsonl"
+    lines = path.read_text().replace("2026-", "2027-").splitlines(keepends=True)
+    path.write_text("".join(lines[:records]))
+    if state:
+        (root / name / "status.json").write_text(json.dumps({"state": state, "identity": "0", "reason": "no memory"}))
+
+
+def test_a_whole_run_does_not_lose_to_a_later_one_that_was_cut_off(tmp_path):
+    write_sweep(tmp_path, subsets=2, seeds=1)
+    again(tmp_path, "8", records=3)
+    again(tmp_path, "9", records=5)
+    sweep = read_sweep(tmp_path)
+    assert [run.name for run in sweep.runs] == list("012345") and len(sweep.records) == 6 * 7
+    assert sweep.problems == (
+        "8: same configuration as 0, but 3 of its 7 results, left out",
+        "9: same configuration as 0, but 5 of its 7 results, left out",
+    )
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "kept", "problem"),
+    [
+        ("done", "failed", "0", "9: same configuration as 0, but not done, left out"),
+        ("failed", "done", "9", "0: same configuration as 9, but not done, left out"),
+        ("done", "done", "9", "0: same configuration as 9, left out"),
+        (None, "failed", "9", "0: same configuration as 9, left out"),
+    ],
+)
+def test_of_runs_with_as_many_results_one_that_is_done_counts_then_the_last(earlier, later, kept, problem, tmp_path):
+    write_run(tmp_path / "0", run_of("ocap", (1, 2), 0))
+    again(tmp_path, "9", state=later)
+    if earlier:
+        (tmp_path / "0" / "status.json").write_text(json.dumps({"state": earlier, "identity": "0"}))
+    sweep = read_sweep(tmp_path)
+    assert [run.name for run in sweep.runs] == [kept] and problem in sweep.problems
+
+
 def test_a_folder_without_a_record_is_refused_with_what_was_found(tmp_path):
     with pytest.raises(BenchmarkError, match="not one whole record in or below it"):
         read_sweep(tmp_path)
@@ -146,6 +187,14 @@ def test_one_file_that_cannot_be_read_costs_its_run_alone(tmp_path):
     assert sum("not read" in problem for problem in sweep.problems) == 2 and any("2: " in p for p in sweep.problems)
 
 
+def test_of_runs_that_nothing_tells_apart_the_one_that_got_furthest_counts(tmp_path):
+    one = run_of("ocap", (1, 2), 0)
+    write_run(tmp_path / "0", one)
+    write_run(tmp_path / "1", changed(one, subset="similar")[:5])
+    sweep = read_sweep(tmp_path)
+    assert [run.name for run in sweep.runs] == ["0"] and sweep.problems[0].startswith("1: ocap on the same classes")
+
+
 def test_runs_that_nothing_tells_apart_are_not_averaged_but_named(tmp_path):
     one = run_of("ocap", (1, 2), 0)
     write_run(tmp_path / "0", one, ["subset.seed=0"])
@@ -156,3 +205,39 @@ def test_runs_that_nothing_tells_apart_are_not_averaged_but_named(tmp_path):
         "0: ocap on the same classes and seed as 1, and nothing that its command line says tells them apart, left out",
     )
     assert {record.variant for record in sweep.records} == {"ocap"}
+
+
+def without(records, **fields):
+    """The records but those that have these values."""
+    return [record for record in records if any(getattr(record, key) != value for key, value in fields.items())]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "results"),
+    [({"stage": "retrained"}, 2), ({"target": 0.6}, 2), ({"target": 0.6, "stage": "retrained"}, 1)],
+)
+def test_a_stage_or_target_that_no_variant_of_a_block_has_is_missed(lacking, results, tmp_path):
+    for seed in (0, 1, 2):
+        for variant in ("ocap", "random"):
+            records = run_of(variant, (1, 2), seed)
+            write_run(tmp_path / f"{seed} {variant}", without(records, **lacking) if seed else records)
+    assert read_sweep(tmp_path).problems == (
+        f"every variant on digits, 2 random classes, resnet18: lacks {2 * results} of 12 results that other seeds or "
+        "classes have (seed 1, classes 1, 2 and 1 more)",
+    )
+
+
+def test_a_block_where_nothing_is_pruned_yet_is_missed(tmp_path):
+    write_run(tmp_path / "0", run_of("ocap", (1, 2), 0))
+    write_run(tmp_path / "1", run_of("ocap", (1, 3), 0)[:2])
+    (problem,) = read_sweep(tmp_path).problems
+    assert "every variant on digits, 2 random classes, resnet18: lacks 4 of 8 results" in problem
+    assert "(seed 0, classes 1, 3)" in problem
+
+
+def test_other_classes_and_models_have_other_targets(tmp_path):
+    """No gap: what is asked of three classes need not be asked of two, nor of another network."""
+    write_run(tmp_path / "0", run_of("ocap", (1, 2), 0))
+    write_run(tmp_path / "1", run_of("ocap", (1, 2, 3), 0, targets=(0.3,)))
+    write_run(tmp_path / "2", run_of("ocap", (1, 2), 0, targets=(0.4,), model="vgg16"))
+    assert read_sweep(tmp_path).problems == ()

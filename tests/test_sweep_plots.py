@@ -3,21 +3,23 @@
 import json
 from collections import defaultdict
 from dataclasses import replace
+from itertools import combinations, pairwise
 from statistics import fmean
 
 import numpy as np
 import pytest
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 import sweep_plots
 from comparison import settings_of, standings
 from filter_selection import REGISTRY
-from plot_style import STYLE, render, variant_style
+from plot_style import METHOD_COLOURS, STYLE, render, variant_style
 from runs import block_of, read_sweep
 from settings import CONFIG_DIR
-from sweep_heat_maps import middle_level
+from sweep_heat_maps import accuracy_lost_per_class, filters_kept_per_layer, middle_level
 from sweep_plots import SWEEP_PLOTS, accuracy_over_macs, middle_setting, ranks, selection_overlap, selection_stability
 from tests.sample_sweeps import LEVELS, records_of, run_of, write_run, write_sweep
 
@@ -79,11 +81,81 @@ def test_names_of_lines_do_not_overlap(tmp_path):
 
 def test_no_two_methods_look_alike_and_each_looks_the_same_everywhere():
     methods = [path.stem for path in (CONFIG_DIR / "pruning").glob("*.yaml")]
-    looks = {tuple(variant_style(method).values()) for method in methods}
+    looks = {(variant_style(method)["color"], variant_style(method)["marker"]) for method in methods}
     assert len(looks) == len(methods) == len(REGISTRY)
     changed = variant_style("ocap scoring_classes=all")
     assert changed == variant_style("ocap scoring_classes=all") and changed["color"] == variant_style("ocap")["color"]
     assert changed["linestyle"] != "-" != variant_style("ocap scoring_classes=complement")["linestyle"]
+
+
+def of_several_tasks_and_models(root):
+    for number, (dataset, model, subset) in enumerate(
+        [("digits", "vgg16", (1,)), ("digits", "vgg16", (1, 2)), ("fashion_mnist", "mobilenet_v2", (3, 5, 7))]
+    ):
+        for variant in ("ocap", "random"):
+            write_run(root / f"{number} {variant}", run_of(variant, subset, 0, dataset=dataset, model=model))
+    return read_sweep(root)
+
+
+def test_titles_of_panels_do_not_overlap(tmp_path):
+    with rc_context(STYLE):
+        figure = accuracy_lost_per_class(of_several_tasks_and_models(tmp_path))
+        figure.draw_without_rendering()
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        boxes = [axes._left_title.get_window_extent(renderer) for axes in figure.axes]
+    titles = [" ".join(axes.get_title(loc="left").split()) for axes in figure.axes]
+    assert titles == [
+        "digits, 1 random class, vgg16", "digits, 2 random classes, vgg16",
+        "fashion_mnist, 3 random classes, mobilenet_v2",
+    ]  # fmt: skip
+    assert all(one.x1 < other.x0 for one, other in pairwise(boxes)) and boxes[-1].x1 < figure.bbox.x1
+
+
+def test_every_model_has_a_panel_of_the_filters_it_keeps(tmp_path):
+    sweep = of_several_tasks_and_models(tmp_path)
+    figure = filters_kept_per_layer(sweep)
+    models = ["mobilenet_v2", "vgg16"]
+    assert [axes.get_title(loc="left").partition(";")[0].split(", ")[-1] for axes in figure.axes] == models
+    for axes, model in zip(figure.axes, models, strict=True):
+        layers = [label.get_text() for label in axes.get_yticklabels()]
+        assert layers == ["layer1.conv1", "layer2.conv1"]  # the others keep all
+        record = next(r for r in sweep.records if (r.model, r.stage, r.target) == (model, "pruned", 0.3))
+        shares = [100 * record.filters_kept_per_layer[layer] / record.widths_dense[layer] for layer in layers]
+        assert [text.get_text() for text in axes.texts] == [f"{share:.0f}" for share in shares for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", ["ocap", "lrp", "pxp", "crisp", "class_taylor", "firing_rate"])
+def test_variants_that_experiments_compare_have_markers_of_their_own(method):
+    changes = ("", " scoring_classes=all", " scoring_classes=complement", " pruning_scope=global")
+    assert len({variant_style(method + change)["marker"] for change in changes}) == len(changes)
+
+
+# Machado et al., IEEE TVCG 2009: what is left of linear RGB without the cones for red, and for green.
+VISION = {
+    "all cones": np.eye(3),
+    "no red": np.array([[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]]),
+    "no green": np.array([[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9690]]),
+}
+
+
+def lab(colour, seen):
+    """CIE L*a*b*, white D65, of an sRGB colour as it is seen."""
+    rgb = np.array(to_rgb(colour))
+    linear = seen @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+    shares = to_xyz @ linear.clip(0, 1) / (0.9505, 1, 1.0888)
+    x, y, z = np.where(shares > 0.008856, np.cbrt(shares), 7.787 * shares + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize(("vision", "least"), [("all cones", 25), ("no red", 9), ("no green", 9)])
+def test_methods_can_be_told_apart_by_colour_in_any_vision_and_by_marker_without(vision, least):
+    """A difference of 2.3 is just seen where colours touch."""
+    assert REGISTRY.keys() <= METHOD_COLOURS.keys()
+    assert len({variant_style(method)["marker"] for method in REGISTRY}) == len(REGISTRY)
+    seen = {method: lab(METHOD_COLOURS[method], VISION[vision]) for method in REGISTRY}
+    apart = {pair: np.linalg.norm(seen[pair[0]] - seen[pair[1]]) for pair in combinations(sorted(seen), 2)}
+    assert not {pair: distance for pair, distance in apart.items() if distance < least}
 
 
 def test_overlap_of_selections_is_the_mean_jaccard_index(sweep):
