@@ -6,12 +6,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from accuracy import ClassCounts, evaluate
+from baselines import Retrained, shared_counts, shared_retraining
 from batch_loaders import Relabelled
 from bookkeeping import accuracy_fields, footprint_in, size_fields, timings
 from budgets import Budgeted, find_ratios, removed_share
@@ -152,10 +155,14 @@ class Experiment:
             self.records.append(known)
             return
         log.info("Measuring the dense network ...")
-        test = self.factory.get_dataloaders().test
-        measured = measure_inference_time_and_accuracy(
-            self.dense.model, test, len(self.settings.class_names), self.bench
-        )
+        model, test, classes = self.dense.model, self.factory.get_dataloaders().test, len(self.settings.class_names)
+
+        def count() -> ClassCounts:
+            return shared_counts(
+                self.settings, self.factory, model, self.device, partial(evaluate, model, test, classes, self.device)
+            )
+
+        measured = measure_inference_time_and_accuracy(model, test, classes, self.bench, count=count)
         self.reference = measured.footprint
         self._record(self.dense.model, measured, stage="dense", ratio=0.0, indices={}, head="all")
 
@@ -226,9 +233,8 @@ class Experiment:
         if self.settings.training.retrain_after_pruning and second:
             self.records.append(second)
         elif self.settings.training.retrain_after_pruning:
-            with peak_memory(self.device) as peak:
-                retrained, spent, fell = self._retrained(pruned, ratio)
-            costs |= spent | {"retraining_peak_bytes": peak.bytes}
+            retrained, spent, fell = self._retrained(pruned, ratio, untouched=removed == 0)
+            costs |= spent
             notes = [*notes, fell] if fell else notes
             # The same shapes: what follows from them is known.
             measured = self._measure(retrained, footprint=footprint)
@@ -258,8 +264,12 @@ class Experiment:
         measured = self._measure(result.model, footprint=footprint)
         self._record(result.model, measured, stage="scratch", scratch_seconds=result.seconds, **common)
 
-    def _retrained(self, pruned: nn.Module, ratio: float) -> tuple[nn.Module, dict[str, Any], str | None]:
+    def _retrained(
+        self, pruned: nn.Module, ratio: float, untouched: bool
+    ) -> tuple[nn.Module, dict[str, Any], str | None]:
         """The retrained network, its costs, and a word where the validation images say that it got worse.
+
+        The one that nothing was removed from (`untouched`) is the same for all methods, and retrained once for all.
 
         Logits are in the order of the class indices while it trains: sums over them round by their order, so that a
         list in another order would otherwise train another network.
@@ -272,21 +282,34 @@ class Experiment:
             places = torch.tensor(order).argsort()
             train, validation = Relabelled(train, places), Relabelled(validation, places)
             pruned = replace_head(pruned, order)
-        result = fit(
-            pruned,
-            train,
-            validation,
-            retraining_plan(self.settings.training),
-            device=self.device,
-            description=f"retraining at ratio {ratio:g}",
-            seed=derive_seed(self.settings.seed, "retraining"),
-        )
+        plan = retraining_plan(self.settings.training)
+
+        def retrain() -> Retrained:
+            with peak_memory(self.device) as peak:
+                result = fit(
+                    pruned,
+                    train,
+                    validation,
+                    plan,
+                    device=self.device,
+                    description=f"retraining at ratio {ratio:g}",
+                    seed=derive_seed(self.settings.seed, "retraining"),
+                )
+            return Retrained(result, peak.bytes)
+
+        shared = (self.settings, self.factory, pruned, self.device, plan)
+        retrained = shared_retraining(*shared, retrain) if untouched else retrain()
+        result = retrained.result
         model = replace_head(result.model, places.tolist()) if reordered else result.model
         after = result.history[result.best_epoch - 1].validation_accuracy if result.history else before
         self.tracker.curve(f"retraining/ratio_{ratio:g}", result.history)
         fell = f"retraining lowered the accuracy on validation images, from {before:.4f} to {after:.4f}"
         images = self.loaders.train.num_images * len(result.history)
-        costs = {"retraining_seconds": result.seconds, "retraining_images": images}
+        costs = {
+            "retraining_seconds": result.seconds,
+            "retraining_images": images,
+            "retraining_peak_bytes": retrained.peak_bytes,
+        }
         return model, costs, fell if after < before else None
 
     def _saved(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -165,16 +165,21 @@ class Bench:
 
 
 def measure_inference_time_and_accuracy(
-    model: nn.Module, loader: Batches, num_classes: int, bench: Bench, *, footprint: Footprint | None = None
-) -> Measurement:
+    model: nn.Module, loader: Batches, num_classes: int, bench: Bench, *, footprint: Footprint | None = None,
+    count: Callable[[], ClassCounts] | None = None,
+) -> Measurement:  # fmt: skip
     """Measure everything of `model` on one reading of `loader`, which yields images [B, 3, H, W] and labels [B].
 
-    A `footprint` that is given is not measured again, as that of a network of the same shapes. Raises BenchmarkError
-    as `evaluate` does.
+    A `footprint` that is given is not measured again, as that of a network of the same shapes. `count`, in the place of
+    the reading, knows what it would come to; ONNX Runtime's answers still take one. Raises BenchmarkError as `evaluate`
+    does.
     """
     network, onnx, notes = bench.to_onnx(model) if bench.with_onnx else (None, None, [])
     networks = [model] if network is None else [model, network]
-    counts = evaluate_each(networks, loader, num_classes, bench.device)
+    if count is None or network is not None:
+        counts = evaluate_each(networks, loader, num_classes, bench.device)
+    else:
+        counts = [count()]
     with threads(bench.latency.threads) as count:
         times = bench.times(PYTORCH, bench.torch_passes(model))
         if network is not None:
