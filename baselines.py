@@ -25,8 +25,8 @@ from training import EpochRow, FitPlan, FitResult
 
 
 @dataclass(frozen=True)
-class Retrained:
-    """What a retraining came to, and the most memory in use meanwhile."""
+class MeasuredFit:
+    """What a training came to, and the most memory in use meanwhile."""
 
     result: FitResult
     peak_bytes: int | None
@@ -43,8 +43,8 @@ def shared_counts(
 
 def shared_retraining(
     settings: Settings, factory: DataLoaderFactory, model: nn.Module, device: torch.device, plan: FitPlan,
-    retrain: Callable[[], Retrained],
-) -> Retrained:  # fmt: skip
+    retrain: Callable[[], MeasuredFit],
+) -> MeasuredFit:  # fmt: skip
     """What `retrain()` makes of `model`, from which nothing is removed, from the cache where it is there."""
     more = {
         "plan": asdict(plan),
@@ -55,19 +55,19 @@ def shared_retraining(
     }
     key = key_of(_facts(settings, factory, model, device) | more)
 
-    def unpack(content: dict[str, Any]) -> Retrained:
+    def unpack(content: dict[str, Any]) -> MeasuredFit:
         retrained = copy.deepcopy(model)
         retrained.load_state_dict(content["state"])
         history = [EpochRow(**row) for row in content["history"]]
         result = FitResult(retrained.eval(), history, int(content["best_epoch"]), float(content["seconds"]))
-        return Retrained(result, content["peak_bytes"])
+        return MeasuredFit(result, content["peak_bytes"])
 
     kind = Kind("retrained dense model", "nothing is retrained", _pack, unpack)
     path = Path(settings.cache_dir, f"{settings.dataset.name}-{settings.model.name}-retrained-{key[:16]}.pt")
     return kept(kind, path, key, retrain, f"retraining {settings.model.name}")
 
 
-def _pack(retrained: Retrained) -> dict[str, Any]:
+def _pack(retrained: MeasuredFit) -> dict[str, Any]:
     result = retrained.result
     return {
         "state": {name: value.cpu() for name, value in result.model.state_dict().items()},

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from accuracy import ClassCounts, evaluate
-from baselines import Retrained, shared_counts, shared_retraining
-from batch_loaders import Relabelled
+from baselines import shared_counts
 from bookkeeping import accuracy_fields, footprint_in, size_fields, timings
 from budgets import Budgeted, find_ratios, removed_share
 from cache import DenseModel
@@ -23,19 +22,18 @@ from data_factory import DataLoaderFactory, sampling_seed
 from disk import read_arrays, write_arrays, write_whole
 from errors import BenchmarkError
 from filter_selection import FilterIndices
-from helpers import derive_seed
 from memory import peak_memory
 from metrics import Bench, Footprint, Measurement, measure_inference_time_and_accuracy
-from models import drawn_anew, replace_head
+from models import replace_head
 from pruner import Pruner
 from record_checks import TOLERANCE, left_of
 from records import Record, append_record, config_hash
+from retraining import Retraining
 from selection import PruningSelection
 from settings import Settings
 from structure import ModelGraph
 from subsets import alike, soft_confusion
 from tracking import Tracker
-from training import fit, retraining_plan, training_plan, validate
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +94,7 @@ class Experiment:
         self.graph = graph
         self.tracker = tracker
         self.loaders = factory.get_subset_dataloaders()
+        self.retraining = Retraining(settings, factory, self.loaders, device)
         self.widths = {layer: graph.conv(layer).out_channels for layer in graph.convs}
         self.prunable = sum(width for layer, width in self.widths.items() if layer not in left_out)
         self.scoring_costs: dict[str, Any] = {}
@@ -233,12 +232,12 @@ class Experiment:
         if self.settings.training.retrain_after_pruning and second:
             self.records.append(second)
         elif self.settings.training.retrain_after_pruning:
-            retrained, spent, fell = self._retrained(pruned, ratio, untouched=removed == 0)
-            costs |= spent
-            notes = [*notes, fell] if fell else notes
+            made = self.retraining.retrained(pruned, ratio, untouched=removed == 0)
+            self.tracker.curve(f"retraining/ratio_{ratio:g}", made.history)
+            notes = [*notes, made.note] if made.note else notes
             # The same shapes: what follows from them is known.
-            measured = self._measure(retrained, footprint=footprint)
-            second = self._record(retrained, measured, stage="retrained", notes=notes, **common, **costs)
+            measured = self._measure(made.model, footprint=footprint)
+            second = self._record(made.model, measured, stage="retrained", notes=notes, **common, **costs, **made.costs)
         self.tracker.ratio(self.records[0], first, second)
         if self.settings.training.train_pruned_from_scratch:
             self._train_from_scratch(pruned, footprint, common)
@@ -250,67 +249,11 @@ class Experiment:
         return ["pruned", *(stage for stage, wanted in more.items() if wanted)]
 
     def _train_from_scratch(self, pruned: nn.Module, footprint: Footprint, common: dict[str, Any]) -> None:
-        """The control that tells what the weights left are worth: the same architecture, its weights drawn anew."""
-        result = fit(
-            drawn_anew(pruned, derive_seed(self.settings.seed, "scratch")),
-            self.loaders.train,
-            self.loaders.validation,
-            training_plan(self.settings.training),
-            device=self.device,
-            description=f"from scratch at ratio {common['ratio']:g}",
-            seed=derive_seed(self.settings.seed, "scratch"),
-        )
+        """The control that tells what the weights left are worth."""
+        result = self.retraining.from_scratch(pruned, common["ratio"])
         self.tracker.curve(f"scratch/ratio_{common['ratio']:g}", result.history)
         measured = self._measure(result.model, footprint=footprint)
         self._record(result.model, measured, stage="scratch", scratch_seconds=result.seconds, **common)
-
-    def _retrained(
-        self, pruned: nn.Module, ratio: float, untouched: bool
-    ) -> tuple[nn.Module, dict[str, Any], str | None]:
-        """The retrained network, its costs, and a word where the validation images say that it got worse.
-
-        The one that nothing was removed from (`untouched`) is the same for all methods, and retrained once for all.
-
-        Logits are in the order of the class indices while it trains: sums over them round by their order, so that a
-        list in another order would otherwise train another network.
-        """
-        train, validation = self.loaders.train, self.loaders.validation
-        before = validate(pruned, validation, self.device).accuracy
-        order = sorted(range(len(self.settings.selected_classes)), key=self.settings.selected_classes.__getitem__)
-        reordered = self._head() == "selected" and order != sorted(order)
-        if reordered:
-            places = torch.tensor(order).argsort()
-            train, validation = Relabelled(train, places), Relabelled(validation, places)
-            pruned = replace_head(pruned, order)
-        plan = retraining_plan(self.settings.training)
-
-        def retrain() -> Retrained:
-            with peak_memory(self.device) as peak:
-                result = fit(
-                    pruned,
-                    train,
-                    validation,
-                    plan,
-                    device=self.device,
-                    description=f"retraining at ratio {ratio:g}",
-                    seed=derive_seed(self.settings.seed, "retraining"),
-                )
-            return Retrained(result, peak.bytes)
-
-        shared = (self.settings, self.factory, pruned, self.device, plan)
-        retrained = shared_retraining(*shared, retrain) if untouched else retrain()
-        result = retrained.result
-        model = replace_head(result.model, places.tolist()) if reordered else result.model
-        after = result.history[result.best_epoch - 1].validation_accuracy if result.history else before
-        self.tracker.curve(f"retraining/ratio_{ratio:g}", result.history)
-        fell = f"retraining lowered the accuracy on validation images, from {before:.4f} to {after:.4f}"
-        images = self.loaders.train.num_images * len(result.history)
-        costs = {
-            "retraining_seconds": result.seconds,
-            "retraining_images": images,
-            "retraining_peak_bytes": retrained.peak_bytes,
-        }
-        return model, costs, fell if after < before else None
 
     def _saved(
         self, model: nn.Module, measured: Measurement, stage: str, ratio: float, head: str

@@ -15,6 +15,7 @@ import experiment
 import kept
 import memory
 import metrics
+import retraining
 import run_status
 from kept import load_checked
 from records import read_records
@@ -163,7 +164,7 @@ def test_a_failure_is_told_and_tried_again(shared, tmp_path, monkeypatch):
         raise RuntimeError("two\nlines")
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "fit", fails)
+        patch.setattr(retraining, "fit", fails)
         with pytest.raises(RuntimeError):
             job(shared, str(tmp_path / "run"))
     status = read_status(tmp_path / "run")
