@@ -63,7 +63,7 @@ def shared_retraining(
         return MeasuredFit(result, content["peak_bytes"])
 
     kind = Kind("retrained dense model", "nothing is retrained", _pack, unpack)
-    path = Path(settings.cache_dir, f"{settings.dataset.name}-{settings.model.name}-retrained-{key[:16]}.pt")
+    path = Path(settings.cache_dir, f"{settings.dataset.name}-{settings.model.name}-{key[:16]}.retrained")
     return kept(kind, path, key, retrain, f"retraining {settings.model.name}")
 
 

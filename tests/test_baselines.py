@@ -43,9 +43,8 @@ def alone(shared, tmp_path, *overrides):
     """The same run with nothing in the cache but the dense network."""
     cache = tmp_path / "alone"
     cache.mkdir()
-    for path in (shared / "cache").glob("digits-resnet18-*.pt"):
-        if "retrained" not in path.name:
-            shutil.copy(path, cache)
+    for path in (shared / "cache").glob("*.pt"):
+        shutil.copy(path, cache)
     return job(shared, str(tmp_path / "run alone"), f"cache_dir={cache}", *overrides)
 
 
@@ -94,7 +93,7 @@ def test_only_what_is_the_same_is_shared(shared, tmp_path, caplog, change, reuse
 
 def test_damaged_ones_are_made_again(shared, tmp_path, caplog, first):
     cache = shutil.copytree(shared / "cache", tmp_path / "cache")
-    paths = [*cache.glob("*.answers"), *cache.glob("*-retrained-*.pt")]
+    paths = [*cache.glob("*.answers"), *cache.glob("*.retrained")]
     assert len(paths) >= 2
     for path in paths:
         content = path.read_bytes()

@@ -60,9 +60,15 @@ def found_in(folder: Path) -> dict:
     return {run.name: figures(run.records) for run in read_sweep(folder / "sweep").runs}
 
 
-def trained(folder: Path) -> Counter:
+def made(folder: Path) -> Counter:
+    """How often each file of the cache was made: dense networks, scores, and what else runs share."""
     logs = "".join(path.read_text() for path in folder.glob("sweep/*/main.log"))
-    return Counter(re.findall(r"Dense model kept for later runs: (\S+)", logs))
+    return Counter(Path(path).name for path in re.findall(r"kept for later runs: (\S+)", logs))
+
+
+def cached(folder: Path) -> Counter:
+    """How many files of each kind are in the cache."""
+    return Counter(path.suffix for path in (folder / "cache").iterdir() if path.is_file())
 
 
 def is_tidy(folder: Path) -> bool:
@@ -105,7 +111,8 @@ def test_fifty_kills_change_nothing(tmp_path, record_property):
 def check_same(shaken: Path, calm: Path) -> None:
     assert found_in(shaken) == found_in(calm)
     assert table(shaken) == table(calm)
-    assert set(trained(shaken).values()) == {1} and len(trained(shaken)) == 2
+    assert set(made(shaken).values()) == {1}  # nothing that was kept is made again
+    assert cached(shaken) == cached(calm) and cached(shaken)[".pt"] == 2 and cached(shaken)[".retrained"] == 6
     assert is_tidy(shaken)
     attempts = [read_status(path.parent).attempts for path in shaken.glob(f"sweep/*/{STATUS}")]
     print(f"{shaken.name}: {sum(attempts)} attempts at {len(attempts)} runs")
@@ -120,7 +127,7 @@ def test_two_sweeps_at_once_share_the_work(tmp_path):
     assert len(sweep.runs) == 3 and not sweep.problems
     statuses = [read_status(path.parent) for path in tmp_path.glob(f"sweep/*/{STATUS}")]
     assert {status.state for status in statuses} == {"done"} and {status.attempts for status in statuses} == {1}
-    assert set(trained(tmp_path).values()) == {1} and len(trained(tmp_path)) == 1
+    assert set(made(tmp_path).values()) == {1} and cached(tmp_path)[".pt"] == 1
     assert all(len(run.records) == len({(r.stage, r.ratio, r.target) for r in run.records}) for run in sweep.runs)
     assert is_tidy(tmp_path)
 
