@@ -76,7 +76,7 @@ class RunStatus:
 
     Inside the block `claimed` says whether the folder is this process's, and `done` whether nothing is left to do:
     an earlier process finished the same run, `resume` was asked for. Left by an exception, the run has failed, for the
-    reason that the exception gives.
+    reason that the exception gives; by SystemExit, it has stopped.
 
     Args:
         run_dir: the run's folder.
@@ -164,6 +164,8 @@ class RunStatus:
         self._beating.join()
         if error is None:
             self._put(state="done")
+            return
+        if isinstance(error, SystemExit):  # a launcher that was warned ends the process, to start it again
             return
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         if not isinstance(error, (BenchmarkError, KeyboardInterrupt)):

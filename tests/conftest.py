@@ -18,3 +18,10 @@ def small_disk(tmp_path):
         pytest.skip("a small file system cannot be mounted here")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def read_only_disk(small_disk):
+    """A file system that takes no writing."""
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    return small_disk

@@ -20,6 +20,7 @@ from records import read_records
 from run_status import read_status
 from tests.formats import dump_python2, write_cifar10, write_fashion_mnist, write_idx
 from tests.test_main import job
+from tests.test_resume import figures
 
 GIVEN = ("training.train=false", "pruning.pruning_ratio=[0.5]", "training.retrain_after_pruning=false")
 
@@ -245,6 +246,22 @@ def test_a_disk_that_gets_full_keeps_what_was_measured(whole, small_disk):
     for record in read_records(small_disk / "run" / "records.jsonl"):
         assert record.accuracy >= 0
     assert not list(small_disk.rglob("*.partial"))
+
+
+def test_a_disk_that_takes_no_writing(whole, read_only_disk):
+    for place in ("run", "sweep/run"):
+        with pytest.raises(Exception) as caught:  # noqa: B017
+            job(whole, str(read_only_disk / place), "seed=6")
+        message = explain(caught.value)
+        assert "Read-only file system" in message and str(read_only_disk) in message and "\n" not in message
+
+
+def test_a_cache_that_takes_no_writing_costs_warnings(whole, tmp_path, read_only_disk, caplog):
+    records = job(tmp_path, "run", f"cache_dir={read_only_disk}/cache", "training.retrain_after_pruning=false")
+    assert records == read_records(tmp_path / "run" / "records.jsonl")
+    assert figures(records) == figures(read_records(whole / "run" / "records.jsonl"))
+    for kind in ("Dense model", "Scores", "Answers of the dense model"):
+        assert f"{kind} not kept, the next run makes it again: {read_only_disk}/cache/" in caplog.text
 
 
 def test_a_folder_that_is_a_file(whole, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import neighbours
+from records import read_records
 from run_status import read_status
 from runs import read_sweep
 from tests.formats import IMAGENETTE_WNIDS, write_image_folder
@@ -132,6 +133,27 @@ def test_a_slurm_sweep_survives_a_cancelled_job(tmp_path, cluster):
     assert sorted(run.records[0].method for run in found.runs) == ["ln_structured", "ocap", "random"]
     assert not found.problems and {status for status in states(tmp_path).values()} == {"done"}
     assert "not begun" not in (tmp_path / "sweep/comparison.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_is_preempted_is_requeued_and_goes_on(tmp_path, cluster):
+    """The signal that comes before its time is over: the same job starts again and takes up its run."""
+    process = sweep(tmp_path, "pruning=ocap", *JOBS, **cluster)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "sweep").glob("*/records.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (folder,) = (path.parent for path in (tmp_path / "sweep").glob("*/records.jsonl"))
+    first = read_records(folder / "records.jsonl")
+    slurm = {"env": os.environ | cluster, "check": True, "capture_output": True, "text": True}
+    (job,) = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], **slurm).stdout.split()
+    subprocess.run(["scancel", "--signal=USR2", job], **slurm)
+    while states(tmp_path)["ocap"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert states(tmp_path) == {"ocap": "stopped"}  # not failed: it is to go on
+    assert process.wait(240) == 0, said(tmp_path)[-3000:]
+    status = read_status(folder)
+    assert (status.state, status.attempts) == ("done", 2)
+    assert read_records(folder / "records.jsonl")[: len(first)] == first
 
 
 @pytest.mark.slow
