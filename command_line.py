@@ -82,6 +82,8 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
     logging.raiseExceptions = full_error  # on a full disk the log file fails as well: the console has the message
     # The jobs of a launcher are processes of their own, which have to find these modules.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # PyTorch goes by MKL's, which joblib sets where it is not set
+        os.environ.setdefault("MKL_NUM_THREADS", threads.split(",")[0])
     # Files of config/hydra/launcher have the names of the plugins' own: they are their choices with words added.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     planned = None
