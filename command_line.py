@@ -18,12 +18,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser  # the one parser of Hydra's flags; Hydra is pinned
+from hydra._internal.config_loader_impl import get_overrides_dirname  # as the next: Hydra's only one; it is pinned
+from hydra._internal.utils import get_args_parser  # the one parser of Hydra's flags
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -39,7 +40,7 @@ from data_places import require_dataset
 from environment import CODE
 from errors import BenchmarkError, ConfigError
 from identity import LENGTH, register_resolvers, run_identity
-from schema import listed
+from schema import listed, show
 from settings import CONFIG_DIR, check
 from sweep_plan import PlannedRun, dry_run, queue
 
@@ -81,6 +82,8 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
     logging.raiseExceptions = full_error  # on a full disk the log file fails as well: the console has the message
     # The jobs of a launcher are processes of their own, which have to find these modules.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # PyTorch goes by MKL's, which joblib sets where it is not set
+        os.environ.setdefault("MKL_NUM_THREADS", threads.split(",")[0])
     # Files of config/hydra/launcher have the names of the plugins' own: they are their choices with words added.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     planned = None
@@ -252,7 +255,9 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan 
         raise ConfigError(f"{sweeps[0].input_line}: several values; a list is written [a,b], a sweep needs --multirun")
     for job in _jobs([_values(override, parser) for override in overrides]):
         try:
-            settings = check(composer.compose(job))
+            cfg = composer.compose(job)
+            settings = check(cfg)
+            composer.refuse_places_outside(job, cfg, multirun)
             if not multirun:  # of a sweep, only the jobs without their dataset are to fail
                 require_dataset(settings.dataset)
         except (BenchmarkError, HydraException, OmegaConfBaseException) as error:
@@ -277,6 +282,11 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan 
 def _task(overrides: Iterable[Override]) -> list[str]:
     """What a command line says to the benchmark, and not to Hydra."""
     return [override.input_line for override in overrides if not override.is_hydra_override()]
+
+
+def _as_swept(override: Override) -> Override:
+    """As Hydra's sweeper writes it, with its own escapes."""
+    return replace(override, input_line=f"{override.get_key_element()}={override.get_value_element_as_str()}")
 
 
 def _values(override: Override, parser: OverridesParser) -> list[Override]:
@@ -344,22 +354,39 @@ class _Composer:
         cfg = self.compose(job)
         identity = run_identity(cfg)
         told = tuple(text for text in _task(job) if not text.startswith(("resume=", "sweep.")))
-        return PlannedRun(told, sweep_dir / self._subdir(number, job, cfg, identity), identity)
+        return PlannedRun(told, sweep_dir / self._text("sweep.subdir", number, job, cfg, identity), identity)
 
-    def _subdir(self, number: int, job: Sequence[Override], cfg: DictConfig, identity: str) -> str:
-        """What hydra.sweep.subdir says of this job."""
+    def refuse_places_outside(self, job: Sequence[Override], cfg: DictConfig, multirun: bool) -> None:
+        """Raise ConfigError for a name of Hydra's that leads out of the folder it stands for, a run's or a sweep's."""
+        digits = "0" * LENGTH  # in the place of the run's hash, which leads nowhere
+        owners = {"output_subdir": "run's"} | ({"sweep.subdir": "sweep's"} if multirun else {})
+        for key, owner in owners.items():
+            text = self._text(key, 0, job, cfg, digits)
+            if os.path.isabs(text) or ".." in Path(text).parts:
+                raise ConfigError(f"hydra.{key}: {show(text)}; leaves the {owner} folder, give a name without ..")
+        if os.path.basename(name := self._text("job.name", 0, job, cfg, digits)) != name:
+            raise ConfigError(f"hydra.job.name: {show(name)}; names the log file in the run's folder, leave out the /")
+
+    def _text(self, key: str, number: int, job: Sequence[Override], cfg: DictConfig, identity: str) -> str:
+        """What hydra.`key` says of this job; nothing where it is null."""
         full = self._composed(job)[0]
-        text = full.hydra.sweep._get_node("subdir")._value().replace("${run_hash:}", identity[:LENGTH])
+        group, _, name = key.rpartition(".")
+        text = (full.hydra[group] if group else full.hydra)._get_node(name)._value()
+        text = "" if text is None else str(text).replace("${run_hash:}", identity[:LENGTH])
+        if "${" not in text:
+            return text
         if not re.search(r"hydra|:", text):  # resolved without Hydra's own part, whose copy takes most of the time
             with open_dict(cfg):
-                cfg.subdir_of_run = text
-            return str(cfg.subdir_of_run)
+                cfg.text_of_hydra = text
+            return str(cfg.text_of_hydra)
         full = deepcopy(full)
         OmegaConf.set_readonly(full.hydra, False)
         full.hydra.job.num, full.hydra.job.id, full.hydra.overrides.task = number, str(number), _task(job)
+        own = [_as_swept(override) for override in job if not override.is_hydra_override()]
+        full.hydra.job.override_dirname = get_overrides_dirname(own, **full.hydra.job.config.override_dirname)
         with open_dict(full):
             full.merge_with(cfg)
-        return str(full.hydra.sweep.subdir)
+        return str(OmegaConf.select(full.hydra, key))
 
     def _composed(self, job: Sequence[Override]) -> tuple[DictConfig, DictConfig]:
         key = tuple(override.input_line for override in job if not self._sets_a_value(override))

@@ -247,4 +247,4 @@ def _reason(error: Exception) -> str:
         return "in no format known"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).split("\n")[0] or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

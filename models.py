@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,7 @@ def _load_torchvision_weights(model: nn.Module, name: str, num_classes: int) -> 
     key = "training.use_pretrained_model: true"
     instead = "or give the weights by model.pretrained_weights_path"
     try:
+        _refuse_other_content(cached)
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
     except Exception as error:  # no network, a wrong checksum, or what reading a damaged file raises
         problem, remedy = f"{weights.url} could not be fetched", f"Go online, put the file at {cached}"
@@ -239,6 +241,16 @@ def _load_torchvision_weights(model: nn.Module, name: str, num_classes: int) -> 
     fits = num_classes == IMAGENET_CLASSES
     new_head = {} if fits else {key: value for key, value in model.state_dict().items() if key.startswith(head)}
     model.load_state_dict({**state, **new_head})
+
+
+def _refuse_other_content(cached: Path) -> None:
+    """Raise ValueError for a file whose name ends in other digits than its sha256 begins with: torch.hub looks at them
+    when it fetches a file, and never again."""
+    if cached.is_file():
+        with cached.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(wanted := cached.stem.rpartition("-")[2]):
+            raise ValueError(f"its sha256 begins with {digest[: len(wanted)]}, not with {wanted}")
 
 
 def _mismatches(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,11 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
+import joblib
 import pytest
 
 import neighbours
+from benchmarks.launchers import SweepParts, run_parts
 from records import read_records
 from run_status import read_status
 from runs import read_sweep
@@ -26,13 +30,17 @@ SLURM = Path(__file__).parent / "cluster" / "slurm.sh"
 JOBS = ["hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1",
         "hydra.launcher.mem_gb=2", "hydra.launcher.stderr_to_stdout=true"]  # fmt: skip
 
+SHARE = max(1, joblib.cpu_count() // 2)  # of the cores, for each of two runs, as joblib.yaml says
 
-def sweep(folder: Path, *overrides: str, **more) -> subprocess.Popen:
+
+def sweep(folder: Path, *overrides: str, **more: str | None) -> subprocess.Popen:
+    """`more`: of the environment; None takes a variable out of it."""
+    environment = {name: v for name, v in (os.environ | {"OMP_NUM_THREADS": "1"} | more).items() if v is not None}
     command = [sys.executable, str(MAIN), "-m", *SMALL, *overrides, f"hydra.sweep.dir={folder / 'sweep'}"]
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
             [*command, f"cache_dir={folder / 'cache'}"], cwd=folder, stdout=output, stderr=output,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | more,
+            env=environment,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's child would ignore it
         )  # fmt: skip
 
@@ -49,28 +57,56 @@ def said(folder: Path) -> str:
 def test_joblib_runs_two_at_a_time_and_tells_of_the_one_that_fails(tmp_path):
     """Each is a process of its own; what it says of its end reaches the table and the exit code."""
     process = sweep(tmp_path, "hydra/launcher=joblib", "pruning=ocap,random", "dataset=digits,gtsrb",
-                    f"dataset.root={tmp_path}/none")  # fmt: skip
+                    f"dataset.root={tmp_path}/none", OMP_NUM_THREADS=None)  # fmt: skip
     assert process.wait() == 1 and "Traceback" not in said(tmp_path), said(tmp_path)[-3000:]
     found = read_sweep(tmp_path / "sweep")
     assert sorted(run.records[0].method for run in found.runs) == ["ocap", "random"]
     failed = [problem for problem in found.problems if ": failed: " in problem]
     assert len(failed) == 2 and all(f"{tmp_path}/none" in problem for problem in failed)
     assert len(list((tmp_path / "cache").glob("*.pt"))) == 1
+    assert [run.environment["torch_threads"] for run in found.runs] == 2 * [SHARE]
+    assert {run.environment["variables"]["OMP_NUM_THREADS"] for run in found.runs} == {str(SHARE)}
     # both digits runs were timed while another process was at a run, or by themselves: it is said which
     timed = [timing for run in found.runs for record in run.records for timing in record.times]
     assert timed and all(timing.noisy for timing in timed)  # one pair of passes says nothing anyway
 
 
+def test_a_sweeps_time_is_taken_apart(tmp_path):
+    """Two processes of two runs each: one trains, the other waits for it."""
+    began = datetime(2026, 1, 2, 3, 4, 5).timestamp()
+    first = 0.0, 3.0, "kept for later runs: x.pt", 9.0, 20.0  # seconds after that: began, loaded, dense network, done
+    for number, (pid, (start, loaded, how, ready, end)) in enumerate(
+        [(7, first), (8, (1.0, 5.0, "reused, nothing is trained: x.pt", 9.5, 22.0)),
+         (7, (20.5, 20.6, "reused, nothing is trained: x.pt", 20.7, 30.0)),
+         (8, (22.5, 22.6, "reused, nothing is trained: x.pt", 22.7, 34.0))]
+    ):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        status = {"state": "done", "identity": "x", "pid": pid, "began": began + start, "seconds": end - start}
+        (folder / "status.json").write_text(json.dumps(status))
+        (folder / "environment.json").write_text('{"torch_threads": 1}')
+        lines = [(loaded, "__main__", "digits: 9 training, 1 validation and 5 test images"),
+                 (loaded, "locks", "Another process is training resnet18; waiting for it ..."),
+                 (ready, "cache", f"Dense model {how}")]  # fmt: skip
+        dated = [(f"{datetime.fromtimestamp(began + at):%Y-%m-%d %H:%M:%S,%f}"[:-3], *said) for at, *said in lines]
+        text = "".join(f"{at} INFO {name}: {said}\n" for at, name, said in dated)
+        (folder / "main.log").write_text(text + "a line of a longer message\n")
+    sweep = SweepParts(tuple(run_parts(tmp_path / str(number)) for number in range(4)), began - 2, began + 37)
+    assert sorted(run.pid for run in sweep.processes) == [7, 8]
+    assert list(sweep.figures().values()) == pytest.approx([2, 3.5, 0.1, 6, 4.5, 11.15, 11 + 12.5 + 9.3 + 11.3, 3, 39])
+
+
 @pytest.mark.slow
-def test_joblibs_processes_may_have_data_workers(tmp_path):
+def test_joblibs_processes_may_have_data_workers_and_more_threads(tmp_path):
     write_image_folder(tmp_path / "data", IMAGENETTE_WNIDS, images_per_class=4)
     process = sweep(
         tmp_path, "hydra/launcher=joblib", "dataset=imagenette", f"dataset.root={tmp_path}/data", "seed=1,2",
         "dataset.num_workers=1", "dataset.image_size=64", "dataset.samples_per_class=4", "training.batch_size_train=8",
-        "num_pruning_samples=3", "training.epochs=1", "selected_classes=[0,1,2]",
+        "num_pruning_samples=3", "training.epochs=1", "selected_classes=[0,1,2]", OMP_NUM_THREADS=str(SHARE + 1),
     )  # fmt: skip
     assert process.wait() == 0, said(tmp_path)[-3000:]
-    assert len(read_sweep(tmp_path / "sweep").runs) == 2
+    runs = read_sweep(tmp_path / "sweep").runs
+    assert [run.environment["torch_threads"] for run in runs] == 2 * [SHARE + 1]
 
 
 @pytest.mark.slow

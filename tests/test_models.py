@@ -1,5 +1,7 @@
 """Tests of models.py: heads, stems, weights files and their faults."""
 
+import hashlib
+import io
 import urllib.error
 
 import pytest
@@ -192,8 +194,11 @@ def downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    path = folder / ARCHITECTURES["resnet18"].weights.url.rsplit("/", 1)[-1]
-    torch.save(get_model("resnet18", 1000, seed=3).state_dict(), path)
+    content = io.BytesIO()
+    torch.save(get_model("resnet18", 1000, seed=3).state_dict(), content)
+    path = folder / f"resnet18-{hashlib.sha256(content.getvalue()).hexdigest()[:8]}.pth"
+    path.write_bytes(content.getvalue())
+    monkeypatch.setattr(ARCHITECTURES["resnet18"].weights.value, "url", f"https://nowhere.invalid/{path.name}")
     return path
 
 
