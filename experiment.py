@@ -234,7 +234,7 @@ class Experiment:
         elif self.settings.training.retrain_after_pruning:
             made = self.retraining.retrained(pruned, ratio, untouched=removed == 0)
             self.tracker.curve(f"retraining/ratio_{ratio:g}", made.history)
-            notes = [*notes, made.note] if made.note else notes
+            notes = [*notes, *made.notes]
             # The same shapes: what follows from them is known.
             measured = self._measure(made.model, footprint=footprint)
             second = self._record(made.model, measured, stage="retrained", notes=notes, **common, **costs, **made.costs)

@@ -20,12 +20,12 @@ from training import EpochRow, FitResult, fit, retraining_plan, training_plan, v
 
 @dataclass(frozen=True)
 class Retrained:
-    """costs: by the names of a record. note: a word where the validation images say that it got worse."""
+    """costs: by the names of a record. notes: what a reader of the record should know."""
 
     model: nn.Module
     history: list[EpochRow]
     costs: dict[str, Any]
-    note: str | None
+    notes: tuple[str, ...]
 
 
 class Retraining:
@@ -59,7 +59,7 @@ class Retraining:
                     pruned, train, validation, plan, device=self.device, seed=seed,
                     description=f"retraining at ratio {ratio:g}",
                 )  # fmt: skip
-            return MeasuredFit(result, peak.bytes)
+            return MeasuredFit(result, peak.bytes if plan.processes == 1 else None)
 
         shared = self.settings, self.factory, pruned, self.device, plan
         made = shared_retraining(*shared, retrain) if untouched else retrain()
@@ -71,8 +71,11 @@ class Retraining:
             "retraining_images": self.loaders.train.num_images * len(result.history),
             "retraining_peak_bytes": made.peak_bytes,
         }
+        notes = [fell] if after < before else []
+        if plan.processes > 1:
+            notes.append("memory of retraining: not measured, it is that of several processes")
         model = replace_head(result.model, places.tolist()) if reordered else result.model
-        return Retrained(model, result.history, costs, fell if after < before else None)
+        return Retrained(model, result.history, costs, tuple(notes))
 
     def from_scratch(self, pruned: nn.Module, ratio: float) -> FitResult:
         """The architecture of `pruned`, its weights drawn anew, trained as the dense network was."""

@@ -16,6 +16,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -25,19 +26,21 @@ import torch
 import yaml
 from torchvision import datasets
 
+import decoded
 import report
-from cache import load_checked, save_checked
+from baselines import ANSWERS
 from command_line import check_arguments, explain
 from data_files import download, read_cifar10
 from disk import read_arrays
 from errors import BenchmarkError, ConfigError
 from export import load_pruned_model
 from filter_selection import get_criterion
+from kept import Kind, load_checked, save_checked
 from models import ARCHITECTURES, get_model, read_weights
 from records import read_records, scan_records
 from run_status import read_status
 from runs import read_sweep
-from scores import load_scores
+from scores import SCORES, load_scores
 from tests.formats import IMAGENETTE_WNIDS, write_cifar10, write_fashion_mnist, write_gtsrb, write_image_folder
 from tests.test_main import MAIN, SMALL, job
 
@@ -179,12 +182,9 @@ def test_a_careless_reader_would_run_it(form, tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def checked(what: bytes):
-    def read(path: Path):
-        """The content behind the header and the right checksum of a file of the cache."""
-        load_checked(path, what)
-
-    return read
+# Of files of the cache, by their endings.
+KINDS = {".pt": Kind("dense model", "", dict, dict), ".retrained": Kind("retrained dense model", "", dict, dict),
+         ".scores": SCORES, ".answers": ANSWERS, ".images": decoded.KIND}  # fmt: skip
 
 
 def overrides_of(path: Path):
@@ -203,8 +203,7 @@ def batch_of(path: Path):
 
 READERS = {
     "weights": read_weights,
-    "cached network": checked(b"dense model"),
-    "cached scores": checked(b"scores"),
+    **{f"cached {kind.what}": partial(load_checked, kind) for kind in KINDS.values()},
     "scores_path": load_scores,
     "matched_selections": lambda path: get_criterion("matched_random", {"matched_selections": str(path)}),
     "pruned network": load_pruned_model,
@@ -226,13 +225,13 @@ def test_no_file_that_a_run_reads_runs_code(form, read, tmp_path):
     assert not evil.mark.exists()
 
 
-@pytest.mark.parametrize("what", [b"dense model", b"scores"])
-def test_a_checksum_makes_no_file_of_the_cache_trusted(what, tmp_path):
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.what)
+def test_a_checksum_makes_no_file_of_the_cache_trusted(kind, tmp_path):
     evil = Runs(tmp_path / "ran")
     for content in ({"facts": evil}, {"state": {"fc.bias": evil}}, {"key": "x", "scores": {"conv1": evil}}):
-        save_checked(tmp_path / "file", content, what)
+        save_checked(kind, tmp_path / "file", content)
         with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
-            load_checked(tmp_path / "file", what)
+            load_checked(kind, tmp_path / "file")
     assert not evil.mark.exists()
 
 
@@ -249,7 +248,7 @@ def test_a_run_that_meets_them_all_goes_on(whole, tmp_path, caplog):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     evil, run_dir = Runs(tmp_path / "ran"), tmp_path / "run"
     for path in (tmp_path / "cache").glob("*.*"):
-        save_checked(path, {"facts": evil, "key": evil}, b"scores" if path.suffix == ".scores" else b"dense model")
+        save_checked(KINDS[path.suffix], path, {"facts": evil, "key": evil})
     for name in ("latency.npz", "confusion.npz", "scores.npz"):
         (run_dir / name).write_bytes(as_archive(evil))
     for name in ("selections.json", "environment.json"):
@@ -261,7 +260,7 @@ def test_a_run_that_meets_them_all_goes_on(whole, tmp_path, caplog):
     records = job(tmp_path, "run", "training.retrain_after_pruning=false", "pruning.pruning_ratio=[0.5]")
     before = read_records(whole / "run" / "records.jsonl")
     assert [record.accuracy_per_class for record in records] == [record.accuracy_per_class for record in before]
-    assert caplog.text.count("is not used") == 1 and caplog.text.count("are not used") == 1
+    assert "Dense model not used and made again" in caplog.text and "Scores not used and made again" in caplog.text
     assert not evil.mark.exists()
 
 
