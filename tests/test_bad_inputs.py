@@ -256,6 +256,7 @@ def test_a_disk_that_takes_no_writing(whole, read_only_disk):
         assert "Read-only file system" in message and str(read_only_disk) in message and "\n" not in message
 
 
+@pytest.mark.slow
 def test_a_cache_that_takes_no_writing_costs_warnings(whole, tmp_path, read_only_disk, caplog):
     records = job(tmp_path, "run", f"cache_dir={read_only_disk}/cache", "training.retrain_after_pruning=false")
     assert records == read_records(tmp_path / "run" / "records.jsonl")

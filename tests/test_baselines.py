@@ -71,7 +71,8 @@ def test_another_method_reads_and_retrains_nothing_that_was(shared, tmp_path, ca
 @pytest.mark.parametrize(
     "change, reused",
     [
-        (("selected_classes=[9,3,8]",), REUSED),  # the same classes in another order
+        # The same classes in another order.
+        pytest.param(("selected_classes=[9,3,8]",), REUSED, marks=pytest.mark.slow),
         pytest.param(("selected_classes=[1,2,4]",), REUSED[:1], marks=pytest.mark.slow),
         pytest.param(("training.retrain_epochs=2",), REUSED[:1], marks=pytest.mark.slow),
         pytest.param(("training.lr_retrain=0.02",), REUSED[:1], marks=pytest.mark.slow),
@@ -91,6 +92,7 @@ def test_only_what_is_the_same_is_shared(shared, tmp_path, caplog, change, reuse
         assert figures(alone(shared, tmp_path, *dense, *change)) == figures(found)
 
 
+@pytest.mark.slow
 def test_damaged_ones_are_made_again(shared, tmp_path, caplog, first):
     cache = shutil.copytree(shared / "cache", tmp_path / "cache")
     paths = [*cache.glob("*.answers"), *cache.glob("*.retrained")]

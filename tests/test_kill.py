@@ -118,6 +118,7 @@ def check_same(shaken: Path, calm: Path) -> None:
     print(f"{shaken.name}: {sum(attempts)} attempts at {len(attempts)} runs")
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_share_the_work(tmp_path):
     """Each run is done by one of them, the dense network trained by one, and no file is harmed."""
     quick = ["training.retrain_after_pruning=false", "pruning=ln_structured,random,ocap"]

@@ -243,6 +243,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_meets_them_all_goes_on(whole, tmp_path, caplog):
     """Resumed in a folder, and with a cache, whose files were replaced."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
