@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from disk import is_running
 from errors import BenchmarkError, ConfigError
 
 KEY = "training.processes"
+FOLDER = "filter-pruning-crew-"
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,12 @@ def in_processes(
     """
     require(device, processes)
     threads = max(1, torch.get_num_threads() // processes)
-    with tempfile.TemporaryDirectory(prefix="filter-pruning-") as folder:
+    _clear_leftovers()
+    with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-") as folder:
         given = (folder, work, tuple(arguments), processes, device, threads)
         try:
-            crew = start_processes(_member, given, nprocs=processes, join=False, start_method="spawn")
+            with _known_start_method():
+                crew = start_processes(_member, given, nprocs=processes, join=False, start_method="spawn")
         except Exception as error:  # whatever pickling trips over, and a full /dev/shm
             raise BenchmarkError(f"{KEY}: {processes}; cannot be handed their work ({error}); use 1") from error
         try:
@@ -96,6 +103,28 @@ def in_processes(
                 process.kill()
                 process.join()
         return torch.load(Path(folder, "result.pt"), weights_only=True)
+
+
+@contextmanager
+def _known_start_method() -> Iterator[None]:
+    """A launcher may start processes in a way of its own, whose name new ones are told and do not know."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    if before in (None, *multiprocessing.get_all_start_methods()):
+        yield
+        return
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def _clear_leftovers() -> None:
+    """Remove the folders of processes that were killed while others worked for them."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        pid = left.name.removeprefix(FOLDER).partition("-")[0]
+        if pid.isdigit() and not is_running(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _member(

@@ -97,12 +97,13 @@ def test_a_sweeps_time_is_taken_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_joblibs_processes_may_have_data_workers_and_more_threads(tmp_path):
+def test_joblibs_processes_may_have_data_workers_more_threads_and_processes_that_train(tmp_path):
     write_image_folder(tmp_path / "data", IMAGENETTE_WNIDS, images_per_class=4)
     process = sweep(
         tmp_path, "hydra/launcher=joblib", "dataset=imagenette", f"dataset.root={tmp_path}/data", "seed=1,2",
         "dataset.num_workers=1", "dataset.image_size=64", "dataset.samples_per_class=4", "training.batch_size_train=8",
-        "num_pruning_samples=3", "training.epochs=1", "selected_classes=[0,1,2]", OMP_NUM_THREADS=str(SHARE + 1),
+        "num_pruning_samples=3", "training.processes=2", "training.epochs=1", "selected_classes=[0,1,2]",
+        OMP_NUM_THREADS=str(SHARE + 1),
     )  # fmt: skip
     assert process.wait() == 0, said(tmp_path)[-3000:]
     runs = read_sweep(tmp_path / "sweep").runs

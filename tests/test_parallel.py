@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torchvision
 from torch import nn
 
 from errors import BenchmarkError, ConfigError
-from parallel import SyncedBatchNorm2d, in_processes, require, with_synced_batchnorm
+from parallel import FOLDER, SyncedBatchNorm2d, in_processes, require, with_synced_batchnorm
 from records import read_records
 from tests.processes import living
 from tests.test_main import job
@@ -193,6 +194,8 @@ def test_no_process_outlives_its_parent(end, tmp_path):
         time.sleep(0.1)
     process.stdout.close()
     assert not left
+    in_processes(tells, [torch.zeros(1)], processes=1, device=CPU)
+    assert not list(Path(tempfile.gettempdir()).glob(f"{FOLDER}{process.pid}-*"))  # nor does its folder, for long
 
 
 @pytest.mark.slow
