@@ -85,7 +85,7 @@ def _facts(
     return {
         "code": code_digest(),
         "torch": [torch.__version__, torchvision.__version__],
-        "device": device.type,
+        "device": [device.type, torch.get_num_threads() if device.type == "cpu" else None],  # sums round by it
         "model": [settings.model.name, settings.model.small_input_stem],
         "weights": weights_digest(model),
         "images": factory.fingerprint(),

@@ -40,11 +40,15 @@ from data_places import require_dataset
 from environment import CODE
 from errors import BenchmarkError, ConfigError
 from identity import LENGTH, register_resolvers, run_identity
+from run_status import STATUS, read_status
 from schema import listed, show
 from settings import CONFIG_DIR, check
 from sweep_plan import PlannedRun, dry_run, queue
 
-register_resolvers()  # here, since whoever runs a job imports this module, in whatever process
+# Here, since whoever runs a job imports this module, in whatever process.
+register_resolvers()
+# Files of config/hydra/launcher have the names of the plugins' own: they are their choices with words added.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
 # Of a larger sweep, only so many jobs are checked that each value is met: checking takes about 10 ms a job.
@@ -52,6 +56,7 @@ MAX_JOBS_CHECKED = 256
 # Of a larger one nobody is told beforehand which runs there will be; each has a status from when it begins.
 MAX_JOBS_PLANNED = 4096
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+JOB_ENDED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError"}  # of launchers
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
                 errno.ELOOP}  # fmt: skip
 
@@ -84,8 +89,6 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     if threads := os.environ.get("OMP_NUM_THREADS"):  # PyTorch goes by MKL's, which joblib sets where it is not set
         os.environ.setdefault("MKL_NUM_THREADS", threads.split(",")[0])
-    # Files of config/hydra/launcher have the names of the plugins' own: they are their choices with words added.
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     planned = None
     try:
         planned = check_arguments(sys.argv[1:])
@@ -163,6 +166,11 @@ def explain(error: BaseException) -> str | None:
         # Hydra says which override it is, and the error behind it says why
         parts = dict.fromkeys(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
         return "; ".join(part for part in parts if part)
+    if type(error).__name__ in JOB_ENDED:
+        return (
+            f"a job's process ended before its run was done ({' '.join(str(error).split())[:200]}); the same command "
+            "goes on with what is missing"
+        )
     return _disk_problem(error)
 
 
@@ -196,8 +204,9 @@ def _in_making_a_folder(error: OSError) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a sweep, and what the command line wants of them."""
+    """A sweep's folder, its runs (none where they are too many to tell), and what the command line wants of them."""
 
+    sweep_dir: Path
     runs: tuple[PlannedRun, ...]
     dry_run: bool
     resume: bool
@@ -205,7 +214,10 @@ class Plan:
     @property
     def failed(self) -> bool:
         """Whether any run has: a launcher's jobs are other processes, which tell it by their status files alone."""
-        return any(run.state == "failed" for run in self.runs)
+        if self.runs:
+            return any(run.state == "failed" for run in self.runs)
+        found = (read_status(path.parent) for path in self.sweep_dir.glob(f"**/{STATUS}"))
+        return any(status is not None and status.state == "failed" for status in found)
 
 
 def check_arguments(arguments: Sequence[str]) -> Plan | None:
@@ -269,14 +281,25 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan 
             raise ConfigError("sweep.dry_run: true; lists the runs of a sweep, which needs --multirun")
         return None
     alternatives = [_values(override, parser) for override in overrides]
+    sweep_dir = composer.sweep_dir([_values(override, parser)[0] for override in overrides], _task(given))
     if (count := math.prod(map(len, alternatives))) > MAX_JOBS_PLANNED:
         if settings.sweep.dry_run:
             raise ConfigError(f"sweep.dry_run: true; {count} runs are too many to list, {MAX_JOBS_PLANNED} at most")
-        return None
+        return Plan(sweep_dir, (), False, settings.resume)
     jobs = itertools.product(*alternatives)
-    sweep_dir = composer.sweep_dir([_values(override, parser)[0] for override in overrides], _task(given))
     runs = tuple(composer.planned(number, job, sweep_dir) for number, job in enumerate(jobs))
-    return Plan(runs, settings.sweep.dry_run, settings.resume)
+    _refuse_shared_folders(runs)
+    return Plan(sweep_dir, runs, settings.sweep.dry_run, settings.resume)
+
+
+def _refuse_shared_folders(runs: Sequence[PlannedRun]) -> None:
+    """Raise ConfigError where runs that differ would go into one folder, and all but one of them be lost."""
+    first: dict[Path, PlannedRun] = {}
+    for run in runs:
+        other = first.setdefault(run.path, run)
+        if other.identity != run.identity:
+            both = f"[{' '.join(other.overrides)}] and [{' '.join(run.overrides)}]"
+            raise ConfigError(f"hydra.sweep.subdir: {both} would share {run.path}; add -${{run_hash:}} to the name")
 
 
 def _task(overrides: Iterable[Override]) -> list[str]:

@@ -240,8 +240,8 @@ def controls(records: Iterable[Record], setting: Setting) -> dict[str, Estimate]
     """The accuracy of networks that nothing was removed from, by what was done to them, on the blocks of a setting.
 
     They are those of the runs of the variants compared. Runs of one block whose settings made the same network of it
-    measured the same; where they differ, the mean counts. Settings that made another are named, and have a control of
-    their own. Only controls that every block has.
+    measured the same; where they did not, the mean counts, and by how much they differ is said. Settings that made
+    another network are named, and have a control of their own. Only controls that every block has.
     """
     records = list(records)
     cells = cells_of(records, setting)
@@ -256,9 +256,16 @@ def controls(records: Iterable[Record], setting: Setting) -> dict[str, Estimate]
     for stage, head, named in sorted(found, key=lambda key: (order.index(key[:2]), key[2])):
         values = found[stage, head, named]
         if set(cells.blocks) <= values.keys():
-            said = " ".join([CONTROLS[stage, head], *([f"({', '.join(named)})"] if named else [])])
+            told_apart = [*named, *_disagreement(values[block] for block in cells.blocks)]
+            said = " ".join([CONTROLS[stage, head], *([f"({', '.join(told_apart)})"] if told_apart else [])])
             told[said] = resampling.mean([_mean(values[block]) for block in cells.blocks])
     return told
+
+
+def _disagreement(blocks: Iterable[Sequence[float]]) -> list[str]:
+    """By how many points the runs of one block differ that should have measured the same; nothing where none do."""
+    widest = max(max(values) - min(values) for values in blocks)
+    return [f"a mean over runs that differ by up to {100 * widest:.1f} points"] if widest > 0 else []
 
 
 def difference(records: Iterable[Record], setting: Setting, variant: str, other: str) -> Estimate | None:

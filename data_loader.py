@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
@@ -179,6 +180,7 @@ class ImageNetFactory(DataLoaderFactory):
 
     def _hash(self, digest: "hashlib._Hash", source: str, rows: Tensor) -> None:
         files = self._lists[source]
+        digest.update(PIL.__version__.encode())  # which decodes them
         digest.update(b"\n".join(files.paths[rows.numpy()].tolist()))
         digest.update(files.sizes[rows.numpy()].tobytes())
 

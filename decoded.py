@@ -33,9 +33,9 @@ def decoded_once(
 ) -> np.ndarray:
     """What `decode` makes of the files, uint8 [N, image_size, image_size, 3], from the cache where it is there.
 
-    The files are known by their paths below their common folder, sizes and times of change, so that a file changed in
-    place is seen, and data copied elsewhere without their times are decoded once more. Raises BenchmarkError as
-    `decode` does.
+    The files are known by their paths below their common folder, sizes, times of change and places in the file system,
+    which no archive sets: a file changed in place is seen, and data copied elsewhere are decoded once more. Raises
+    BenchmarkError as `decode` does.
     """
     key = _key(paths, image_size)
     if key is None:
@@ -52,7 +52,8 @@ def _key(paths: Sequence[Path], image_size: int) -> str | None:
         for path in paths:
             state = path.stat()
             name = path.relative_to(folder) if path.is_relative_to(folder) else path
-            digest.update(f"\n{name}\0{state.st_size} {state.st_mtime_ns}".encode(errors="surrogateescape"))
+            told = state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
+            digest.update(f"\n{name} {told}".encode(errors="surrogateescape"))
     except OSError:
         return None
     return digest.hexdigest()

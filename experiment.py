@@ -29,6 +29,7 @@ from pruner import Pruner
 from record_checks import TOLERANCE, left_of
 from records import Record, append_record, config_hash
 from retraining import Retraining
+from scores import weights_digest
 from selection import PruningSelection
 from settings import Settings
 from structure import ModelGraph
@@ -138,6 +139,7 @@ class Experiment:
             "round_to": settings.pruning.round_to,
             "widths_dense": self.widths,
             "layers_left_out": [layer for layer in graph.convs if layer in left_out],
+            "dense_weights": weights_digest(dense.model),
             "training_seconds": dense.training_seconds,
         }
 

@@ -180,7 +180,7 @@ def measure_inference_time_and_accuracy(
         counts = evaluate_each(networks, loader, num_classes, bench.device)
     else:
         counts = [count()]
-    with threads(bench.latency.threads) as count:
+    with threads(bench.latency.threads) as used:
         times = bench.times(PYTORCH, bench.torch_passes(model))
         if network is not None:
             onnx = replace(onnx, counts=counts[1])
@@ -188,8 +188,8 @@ def measure_inference_time_and_accuracy(
             times |= in_onnx
             if not in_onnx:
                 notes.append("ONNX: the dense network was not exported, there is nothing to be timed beside")
-        footprint = footprint or footprint_of(model, bench, count)
-    return Measurement(counts[0], footprint, times, count, onnx, (*notes, *footprint.warnings, *_noise(times)))
+        footprint = footprint or footprint_of(model, bench, used)
+    return Measurement(counts[0], footprint, times, used, onnx, (*notes, *footprint.warnings, *_noise(times)))
 
 
 def footprint_of(model: nn.Module, bench: Bench, threads: int) -> Footprint:

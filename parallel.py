@@ -5,17 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+from torch.multiprocessing import start_processes
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -92,17 +97,34 @@ def in_processes(
         except Exception as error:  # whatever pickling trips over, and a full /dev/shm
             raise BenchmarkError(f"{KEY}: {processes}; cannot be handed their work ({error}); use 1") from error
         try:
-            while not crew.join():
-                pass
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            told = Path(folder, "error.txt")
-            text = told.read_text() if told.exists() else f"{KEY}: {processes}; one of them ended early: {error}"
-            raise BenchmarkError(text) from error
+            failed = _first_to_fail(crew.processes)
         finally:
-            for process in crew.processes:  # after Ctrl-C
+            for process in crew.processes:  # all that are left, after Ctrl-C as well
                 process.kill()
                 process.join()
-        return torch.load(Path(folder, "result.pt"), weights_only=True)
+        if failed is None:
+            return torch.load(Path(folder, "result.pt"), weights_only=True)
+        told = Path(folder, "error.txt")
+        ended = f"{KEY}: {processes}; one of them ended early, {_how(failed)}"
+        raise BenchmarkError(told.read_text() if told.exists() else ended)
+
+
+def _first_to_fail(processes: Sequence[BaseProcess]) -> int | None:
+    """The exit code of the first process that does not end well; None once all have."""
+    left = {process.sentinel: process for process in processes}
+    while left:
+        for sentinel in wait(left):
+            process = left.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                return process.exitcode
+    return None
+
+
+def _how(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"by signal {signal.Signals(-exit_code).name}; was it short of memory?"
+    return f"with exit code {exit_code}; its own words stand above"
 
 
 @contextmanager
@@ -131,6 +153,24 @@ def _member(
     rank: int, folder: str, work: Callable[..., dict[str, Any]], arguments: tuple, size: int, device: torch.device,
     threads: int,
 ) -> None:  # fmt: skip
+    """What each process does. It ends by itself, also when it fails: PyTorch would leave files of what it raised."""
+    try:
+        _work(rank, folder, work, arguments, size, device, threads)
+    except BenchmarkError as error:
+        partial = Path(folder, f"error-{rank}.txt")
+        partial.write_text(str(error))
+        with suppress(FileExistsError):  # the first has the word: others fail for want of it
+            os.link(partial, Path(folder, "error.txt"))
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _work(
+    rank: int, folder: str, work: Callable[..., dict[str, Any]], arguments: tuple, size: int, device: torch.device,
+    threads: int,
+) -> None:  # fmt: skip
     torch.set_num_threads(threads)
     if device.type == "cuda":
         device = torch.device("cuda", (device.index or 0) + rank)
@@ -138,13 +178,7 @@ def _member(
     # A file, not a port, brings them together: nothing on the network is to be free or reachable.
     store = dist.FileStore(os.path.join(folder, "meeting"), size)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-    try:
-        result = work(Crew(device, rank, size), *arguments)
-    except BenchmarkError as error:
-        partial = Path(folder, f"error-{rank}.txt")
-        partial.write_text(str(error))
-        partial.replace(Path(folder, "error.txt"))
-        raise
+    result = work(Crew(device, rank, size), *arguments)
     if rank == 0:
         torch.save(result, Path(folder, "result.pt"))
     dist.destroy_process_group()

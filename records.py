@@ -132,6 +132,7 @@ class Record:
     retraining_peak_bytes: int | None = None
     retraining_images: int | None = None  # images seen, each epoch's counted
     scratch_seconds: float | None = None  # training the pruned architecture from random weights
+    dense_weights: str | None = None  # sha256 of the dense network's weights: what all of the run started from
     training_seconds: float | None = None  # of the dense model, when it was trained: in this run or an earlier one
     environment_hash: str | None = None  # of environment.json
     filters_chosen_per_layer: dict[str, int]  # to be removed, layers that keep all left out

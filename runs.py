@@ -74,9 +74,30 @@ def read_sweep(root: str | Path) -> Sweep:
             f"{root}: not one whole record in or below it; give the folder of a run or of a sweep, as "
             f"outputs/DATE/TIME or multirun/NAME{told}"
         )
+    problems += _other_networks(runs)
     problems += _unfinished(root, {run.path for run in found})
     problems += _gaps([record for run in runs for record in run.records])
     return Sweep(root, tuple(runs), tuple(problems))
+
+
+def _other_networks(runs: Sequence[Run]) -> list[str]:
+    """Where runs that would be paired did not start from one dense network, as those of one seed do."""
+    found: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        first = run.records[0]
+        if first.dense_weights is not None:
+            place = first.dataset, first.model, first.seed, shaping(replace(first, stage="dense"))
+            found[place][first.dense_weights].append(run.name)
+    return [
+        f"{dataset}, {model}, seed {seed}: {len(networks)} dense networks in its runs ({_examples(networks)}), trained "
+        "by other numbers of threads, machines or versions; what is compared across them is no pair"
+        for (dataset, model, seed, _), networks in found.items()
+        if len(networks) > 1
+    ]
+
+
+def _examples(networks: dict[str, list[str]]) -> str:
+    return ", ".join(f"{digest[:8]} in {len(names)}, as {names[0]}" for digest, names in networks.items())
 
 
 def _unfinished(root: Path, recorded: set[Path]) -> list[str]:
@@ -190,8 +211,9 @@ def _behind(run: Run, other: Run) -> str:
 
 
 # What is no part of a variant: where things go, what is measured, and what says which block or target it is.
-_NO_SETTING = {"cache_dir", "hydra", "latency", "log_results", "pruning.pruning_ratio", "pruning.target", "resume",
-               "run_name", "sampling_seed", "save_pruned_models", "seed", "selected_classes", "subset", "sweep",
+_NO_SETTING = {"cache_dir", "dataset.download", "dataset.num_workers", "dataset.root", "hydra", "latency",
+               "log_results", "pruning.pruning_ratio", "pruning.target", "resume", "run_name",
+               "sampling_seed", "save_pruned_models", "seed", "selected_classes", "subset", "sweep",
                "wandb"}  # fmt: skip
 
 
@@ -258,7 +280,7 @@ def _places(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
 # Where the settings of the network stand that nothing is removed from, and those of them that only retraining reads.
 _OF_THE_NETWORK = {"dataset", "dataset_training", "device", "experiment", "model", "model_training", "training"}
 _OF_RETRAINING = {"training.retrain_epochs", "training.lr_retrain"}
-_OF_NO_CONTROL = {"training.retrain_after_pruning", "training.train_pruned_from_scratch"}
+_OF_NO_CONTROL = {"training.retrain_after_pruning", "training.train_pruned_from_scratch", "model.skip_first_layers"}
 
 
 def shaping(record: Record) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 import uuid
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,12 @@ SCORES: Kind[Scored] = Kind(
 
 def _cache_key(settings: Any, facts: dict[str, Any], selector: PruningSelection, graph: ModelGraph) -> str:
     """Stands for all that shapes the scores, down to the last bit: a criterion that was edited scores anew."""
+    device = next(graph.model.parameters()).device.type
     more = {
         "layers": selector.layers(graph),
         "batch_size": settings.training.batch_size_test,  # sums over a batch round by its size
-        "device": next(graph.model.parameters()).device.type,
-        "torch": torch.__version__,
+        "device": [device, torch.get_num_threads() if device == "cpu" else None],  # and by the number of threads
+        "packages": [torch.__version__, metadata.version("torch-pruning")],
         "code": [code_digest(), _source(type(selector.criterion))],
     }
     return key_of([facts, more])

@@ -102,9 +102,10 @@ class Tally:
 
     def over(self, crew: Crew) -> "Tally":
         """The sums of all processes."""
-        self.images = int(crew.summed(torch.tensor(self.images, device=self._loss.device)))
-        crew.summed(self._loss), crew.summed(self._correct)
-        return self
+        total = Tally(self._loss.device)
+        total.images = int(crew.summed(torch.tensor(self.images, device=self._loss.device)))
+        total._loss, total._correct = crew.summed(self._loss.clone()), crew.summed(self._correct.clone())
+        return total
 
     @property
     def loss(self) -> float:
@@ -160,6 +161,7 @@ def fit(
         history = _trained(Crew(device), best, train_loader, validation_loader, plan, description, seed)
     else:
         cpu = torch.device("cpu")
+        train_loader.part(0, plan.processes, cpu)  # raises where a batch is too small, before any process is started
         loaders = [loader.part(0, 1, cpu) for loader in (train_loader, validation_loader)]
         work = copy.deepcopy(model).to(cpu), *loaders, plan, description, seed
         found = in_processes(_trained_together, work, processes=plan.processes, device=device)

@@ -4,7 +4,7 @@
 
 The two sweeps follow each other, each in a new folder, the first of each pair changing in turn; the ratio of their wall
 times is taken within each pair, its median and range are printed. Cold: with an empty cache, so that the dense network
-is trained, by one process under a lock. Warm: with the network and the scores that a cold sweep left. Where the time
+is trained, by one process under a lock. Warm: with all that a cold sweep left for others. Where the time
 goes is told by medians over the sweeps, of what status.json and main.log say of each run. Without `--threads` each
 launcher chooses: the basic one leaves PyTorch all cores, joblib shares them out. There is no limit to hold: what comes
 out is the machine's. `--write` puts the table into docs/scaling.md. A pair takes four sweeps of most of a minute each.

@@ -24,6 +24,7 @@ MEASURED, PREDICTED = "measured parts", "predicted sweep"
 METHODS, SUBSETS, SEEDS, TARGETS, EPOCHS, CLASSES = 20, 100, 5, 3, 3, 10
 RUNS = METHODS * SUBSETS * SEEDS
 TRAIN_IMAGES, TEST_IMAGES, OF_A_CLASS = 1_281_167, 50_000, 1_281
+REST = 30  # seconds a run: start, listing the folders, scoring, removal, latency, plots; not measured there
 FORWARD = 1_500  # images a second of a forward pass that the reader has measured on the GPU; not measured here
 
 
@@ -91,6 +92,7 @@ def predicted_table(step: float) -> str:
         "retraining with nothing removed, each subset and seed": SUBSETS * SEEDS * retraining,
         "test images of the selected classes, each record": RUNS * 2 * (1 + TARGETS) * CLASSES * 50 / FORWARD,
         "test images of all classes, each seed": SEEDS * TEST_IMAGES / FORWARD,
+        "all else of a run, 30 s assumed": RUNS * REST,
         "dense training, 90 epochs, if there are no weights": SEEDS * 90 * TRAIN_IMAGES * step / FORWARD,
     }
     lines = ["| part | on one GPU | on 8 | on 64 |", "|---|---|---|---|"]

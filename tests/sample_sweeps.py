@@ -42,10 +42,11 @@ def run_of(
     def row(stage: str, target: float | None, share: float, ratio: float) -> Record:
         gone = 0 if target is None else (1 - share)
         shared = noise(subset, seed)  # a block is easy or hard for all
-        own = noise(variant, subset, seed, stage, target, size=0.01)
+        whose = "nothing removed" if target is None else variant  # then all methods have the same network
+        own = noise(whose, subset, seed, stage, target, size=0.01)
         mean = 0.97 + shared - (0.97 - level) * 2 * gone + own + 0.02 * (stage == "retrained")
         per_class = {
-            name: round(IMAGES * min(1, max(0, mean + noise(name, variant, size=0.03)))) / IMAGES for name in names
+            name: round(IMAGES * min(1, max(0, mean + noise(name, whose, size=0.03)))) / IMAGES for name in names
         }
         images = dict.fromkeys(names, IMAGES)
         answers = certainty(per_class, images)

@@ -1,3 +1,4 @@
+import json
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 import command_line
 from command_line import check_arguments, explain
+from errors import ConfigError
 
 ROOT = Path(command_line.__file__).parent
 
@@ -288,3 +290,31 @@ def test_an_interrupt_is_one_line(job, tmp_path):
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert errors == "Interrupted.\n"
+
+
+def test_runs_that_would_share_a_folder_are_refused():
+    """All but one would be lost, or wait for each other."""
+    shared = ["-m", "seed=1,2", "hydra.sweep.subdir=${pruning.name}"]
+    with pytest.raises(ConfigError, match=r"hydra.sweep.subdir: \[seed=1\] and \[seed=2\] would share .*/ocap; add"):
+        check_arguments(shared)
+    assert len(check_arguments([*shared[:2], "hydra.sweep.subdir=${pruning.name}-${run_hash:}"]).runs) == 2
+    assert len(check_arguments(["-m", "seed=1,1", "hydra.sweep.subdir=${pruning.name}"]).runs) == 2  # one and the same
+
+
+def test_a_sweep_too_large_to_plan_tells_of_failed_runs_by_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "MAX_JOBS_PLANNED", 1)
+    plan = check_arguments(["-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}"])
+    assert plan.runs == () and not plan.failed
+    for state in ("done", "failed"):
+        (tmp_path / state).mkdir()
+        (tmp_path / state / "status.json").write_text(json.dumps({"state": state, "identity": "x"}))
+        assert plan.failed == (state == "failed")
+
+
+def test_a_jobs_process_that_ends_is_one_message():
+    class TerminatedWorkerError(Exception):
+        """As joblib's."""
+
+    message = explain(TerminatedWorkerError("A worker process\nwas unexpectedly terminated"))
+    assert message.startswith("a job's process ended before its run was done (A worker process was unexpectedly")
+    assert "the same command goes on" in message

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from errors import BenchmarkError
+from records import read_records
 from runs import read_sweep
 from tests.sample_sweeps import run_of, write_run, write_sweep
 
@@ -241,3 +242,16 @@ def test_other_classes_and_models_have_other_targets(tmp_path):
     write_run(tmp_path / "1", run_of("ocap", (1, 2, 3), 0, targets=(0.3,)))
     write_run(tmp_path / "2", run_of("ocap", (1, 2), 0, targets=(0.4,), model="vgg16"))
     assert read_sweep(tmp_path).problems == ()
+
+
+def test_runs_of_one_seed_that_started_from_other_networks_are_told(tmp_path):
+    write_sweep(tmp_path, subsets=1, seeds=2)
+    for path in tmp_path.glob("*/records.jsonl"):
+        digest = ("b" if path.parent.name == "1" else "a") * 64
+        records = [replace(record, dense_weights=digest) for record in read_records(path)]
+        path.write_text("".join(record.to_json() + "\n" for record in records))
+    (problem,) = [text for text in read_sweep(tmp_path).problems if "dense networks" in text]
+    told = (
+        "digits, resnet18, seed 0: 2 dense networks in its runs (aaaaaaaa in 2, as 0, bbbbbbbb in 1, as 1), trained by"
+    )
+    assert problem.startswith(told)

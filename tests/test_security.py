@@ -392,7 +392,7 @@ def test_it_is_refused_before_anything_is_made(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run_name=../../x"], ["hydra.sweep.subdir=${pruning.name}/${seed}"], ["hydra.sweep.subdir=a..b/..c"],
+    [["run_name=../../x"], ["hydra.sweep.subdir=${pruning.name}/${seed}"], ["hydra.sweep.subdir=a..b/..c${seed}"],
      ["hydra.output_subdir=null"], ["hydra.output_subdir=.other/hydra"], ["hydra.job.name=..x"]],
     ids=" ".join,
 )  # fmt: skip
