@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 
-from benchmarks.scaling import PAGE, ROOT, filled, parts_of
+from benchmarks.scaling import PAGE, ROOT, filled, parts_of, put
 from runs import read_sweep
 
 
@@ -25,3 +25,9 @@ def test_parts_are_those_of_the_lines_in_the_files():
         line["retraining_seconds"] / line["retraining_images"] / line["times"][0]["median_ms"] for line in retrained
     ]
     assert parts.training_step == pytest.approx(107e3 * median(steps))
+
+
+def test_what_benchmarks_write_is_there():
+    for name in ("growth", "launchers"):
+        block = PAGE.read_text().split(f"<!-- begin: {name} -->\n")[1].split(f"<!-- end: {name} -->")[0]
+        assert block.count("\n| ") >= 10 and put(PAGE.read_text(), name, block) == PAGE.read_text()
