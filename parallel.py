@@ -110,14 +110,14 @@ def in_processes(
 
 
 def _first_to_fail(processes: Sequence[BaseProcess]) -> int | None:
-    """The exit code of the first process that does not end well; None once all have."""
+    """The exit code of a process that does not end well, as soon as one does not; None once all have."""
     left = {process.sentinel: process for process in processes}
     while left:
         for sentinel in wait(left):
             process = left.pop(sentinel)
             process.join()
-            if process.exitcode:
-                return process.exitcode
+            if process.exitcode:  # one that was killed takes others with it: its is the word
+                return min(other.exitcode for other in processes if other.exitcode)
     return None
 
 
@@ -163,7 +163,8 @@ def _member(
             os.link(partial, Path(folder, "error.txt"))
         sys.exit(1)
     except Exception:
-        traceback.print_exc()
+        if not Path(folder, "error.txt").exists():  # else it only misses the one that has the word
+            traceback.print_exc()
         sys.exit(1)
 
 

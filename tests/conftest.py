@@ -2,10 +2,31 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does, before torch is imported
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Iterator[Path]:
+    """A folder whose cache serves all runs of a test file.
+
+    They share the process that measures memory as well, which takes seconds to start and answers one request after the
+    other anyway, and are alone on this machine, whoever else is at work.
+    """
+    import torch  # not before its environment is set
+
+    import memory
+    import metrics
+
+    with memory.ForwardMemory(torch.device("cpu")) as kept, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.ForwardMemory, "__exit__", lambda *_: None)
+        patch.setattr(metrics, "ForwardMemory", lambda device: kept)
+        patch.setattr(metrics, "others", lambda: 0)
+        yield tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture

@@ -297,6 +297,7 @@ def test_folders_that_hold_no_run(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_damaged_companions_cost_no_record(whole, tmp_path, capsys):
     for name in ("selections.json", "environment.json", "status.json"):
         folder = tmp_path / name

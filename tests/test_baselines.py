@@ -7,11 +7,8 @@ from dataclasses import replace
 
 import numpy
 import pytest
-import torch
 
 import baselines
-import memory
-import metrics
 import retraining
 from accuracy import ClassCounts
 from kept import load_checked, save_checked
@@ -19,19 +16,6 @@ from tests.test_main import job
 from tests.test_resume import figures
 
 RATIO, REUSED = "pruning.pruning_ratio=[0.5]", ("Answers of the dense model reused", "Retrained dense model reused")
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_memory_process():
-    with memory.ForwardMemory(torch.device("cpu")) as kept, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory.ForwardMemory, "__exit__", lambda *_: None)
-        patch.setattr(metrics, "ForwardMemory", lambda device: kept)
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,8 +16,6 @@ import pytest
 import torch
 import torchvision
 
-import memory
-import metrics
 from errors import ConfigError
 from filter_selection.ocap import OCAP
 from main import run
@@ -53,22 +51,6 @@ def job(tmp_path: Path, name: str, *overrides: str):
 def rows_of(folder: Path) -> list[dict[str, str]]:
     with (folder / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    """A folder whose cache of dense models serves all tests here."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_memory_process():
-    """For all runs here, since starting it takes seconds: it answers one request after the other anyway."""
-    with memory.ForwardMemory(torch.device("cpu")) as kept, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory.ForwardMemory, "__exit__", lambda *_: None)
-        patch.setattr(metrics, "ForwardMemory", lambda device: kept)
-        patch.setattr(metrics, "others", lambda: 0)  # whoever else is at work on this machine
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +197,7 @@ def _text(path: Path) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_leaves_whole_records(first, shared):
     """kill -9 while it measures, with W&B at its side: what was recorded stays, and is reported."""
     folder = shared / "killed"
@@ -254,6 +237,7 @@ def test_a_full_disk_of_the_dashboards_costs_no_record(first, shared, small_disk
     ]
 
 
+@pytest.mark.slow
 def test_classes_by_name_are_the_same_classes(first, shared):
     named = job(shared, "named", "selected_classes=['3','8','9']", WITHOUT_RETRAINING)
     pruned = [record for record in first if record.stage != "retrained"]
@@ -268,6 +252,7 @@ def test_without_head_replacement_all_logits_stay(first, shared):
     assert untouched.macs == dense.macs
 
 
+@pytest.mark.slow
 def test_class_agnostic_methods_remove_as_many_as_asked(first, shared):
     overall = job(shared, "overall", "pruning=ln_structured", "pruning.pruning_scope=global", WITHOUT_RETRAINING)
     prunable = overall[0].filters_prunable
@@ -278,6 +263,7 @@ def test_class_agnostic_methods_remove_as_many_as_asked(first, shared):
     assert [record.filters_removed for record in random[1:]] == by_layer
 
 
+@pytest.mark.slow
 def test_other_ratios_of_kept_scores_need_no_new_pass(first, shared, monkeypatch):
     ratios = "pruning.pruning_ratio=[0.3,0.7]"
     anew = job(shared, "anew", ratios, WITHOUT_RETRAINING)
@@ -381,6 +367,7 @@ def run_cifar10(tmp_path: Path, model: str):
     return read_records(tmp_path / "run" / "records.jsonl")
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_job_that_fails(first, shared, tmp_path):
     """The dataset of the first job is not where it should be; the second needs no files."""
     places = [f"cache_dir={shared / 'cache'}", f"hydra.sweep.dir={tmp_path}", f"dataset.root={tmp_path}/none"]

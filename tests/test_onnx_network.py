@@ -83,7 +83,9 @@ def assert_same(model, content, batches=(1, 4, 7), shape=SHAPE):
         assert difference <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", pytest.param("vgg16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v2", "vgg16"))]
+)
 @pytest.mark.parametrize("exporter", ["current", "legacy"])
 def test_pruned_networks_compute_the_same_for_any_batch(name, exporter, monkeypatch):
     model = pruned_network(name)

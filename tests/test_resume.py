@@ -9,12 +9,9 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
 
 import experiment
 import kept
-import memory
-import metrics
 import retraining
 import run_status
 from kept import load_checked
@@ -33,19 +30,6 @@ MATCHED = ("pruning.match=macs", "pruning.target=[0.3,0.5]", "training.train_pru
 def figures(records):
     """What two runs of one configuration have in common."""
     return [{name: value for name, value in asdict(record).items() if name not in MEASURED} for record in records]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_memory_process():
-    with memory.ForwardMemory(torch.device("cpu")) as kept, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory.ForwardMemory, "__exit__", lambda *_: None)
-        patch.setattr(metrics, "ForwardMemory", lambda device: kept)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +96,7 @@ def test_it_goes_on_after_any_record(name, lines, runs, tmp_path, monkeypatch, s
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_line_cut_short_is_measured_again(whole, tmp_path, shared):
     root, overrides = whole
     folder = tmp_path / "again"
@@ -192,6 +177,7 @@ def test_scores_are_shared_where_only_what_comes_after_differs(shared, tmp_path,
     assert "Scores reused" not in caplog.text
 
 
+@pytest.mark.slow
 def test_damaged_scores_are_made_again(whole, shared, tmp_path, caplog):
     cache, quick = tmp_path / "cache", ("pruning.pruning_ratio=[0.4]", "training.retrain_after_pruning=false")
     shutil.copytree(shared / "cache", cache, ignore=shutil.ignore_patterns("*.scores"))

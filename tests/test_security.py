@@ -266,6 +266,7 @@ def test_a_run_that_meets_them_all_goes_on(whole, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("key", ["pruning.scores_path", "pruning.matched_selections"])
+@pytest.mark.slow
 def test_a_file_that_a_key_names_runs_no_code(key, whole, tmp_path):
     evil = Runs(tmp_path / "ran")
     (tmp_path / "given").write_bytes(as_pickle(evil) if key.endswith("selections") else as_archive(evil))
