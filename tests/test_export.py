@@ -62,10 +62,12 @@ def resnet(folder) -> tuple[torch.nn.Module, Path]:
     return model, folder / "resnet18.npz"
 
 
-LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("vgg16", "vgg16_bn")]  # half a gigabyte each
+LARGE = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "vgg16", "vgg16_bn")
+]  # up to half a gigabyte
 
 
-@pytest.mark.parametrize("name", [*sorted(ARCHITECTURES.keys() - {"vgg16", "vgg16_bn"}), *LARGE])
+@pytest.mark.parametrize("name", [*sorted(ARCHITECTURES.keys() - {"vgg16", "vgg16_bn", "resnet50"}), *LARGE])
 def test_a_new_process_computes_the_same_bits(name, tmp_path):
     model = pruned_network(name, POLICIES[name])
     save(tmp_path / "network.npz", model, name)

@@ -160,6 +160,7 @@ def dashboard(shared):
     return shared / "dashboard", read_records(shared / "dashboard" / "records.jsonl"), done
 
 
+@pytest.mark.slow
 def test_onnx_runtime_answers_as_pytorch_does(dashboard):
     _, records, done = dashboard
     for record in records:
@@ -170,6 +171,7 @@ def test_onnx_runtime_answers_as_pytorch_does(dashboard):
     assert "ONNX Runtime: the same accuracy in every row" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_dashboard_holds_what_the_records_hold(dashboard):
     folder, records, done = dashboard
     found = read_run(folder)
@@ -325,6 +327,7 @@ def test_a_damaged_or_foreign_scores_file_is_refused(first, shared, tmp_path, co
         job(shared, "refused", f"pruning.scores_path={path}")
 
 
+@pytest.mark.slow
 def test_given_weights_on_cifar10s_own_files(tmp_path):
     write_cifar10(tmp_path / "data", images_per_class=8, seed=0)
     torch.manual_seed(0)

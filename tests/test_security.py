@@ -287,6 +287,7 @@ def paths_in(folder: Path) -> set[Path]:
 HOSTILE = "../../escaped"
 
 
+@pytest.mark.slow
 def test_names_of_a_run_are_never_paths(tmp_path):
     """Each text that a configuration sets freely leads out of the run's folder, or would if it were a path."""
     places = {name: tmp_path / "a" / "b" / name for name in ("work", "run", "cache", "home", "temporary")}
