@@ -33,8 +33,9 @@ class MeasuredFit:
 
 
 def shared_counts(
-    settings: Settings, factory: DataLoaderFactory, model: nn.Module, device: torch.device, count: Callable
-) -> ClassCounts:
+    settings: Settings, factory: DataLoaderFactory, model: nn.Module, device: torch.device,
+    count: Callable[[], ClassCounts],
+) -> ClassCounts:  # fmt: skip
     """What `count()` finds of `model` on the test images of all classes, from the cache where it is there."""
     key = key_of(_facts(settings, factory, model, device))
     path = Path(settings.cache_dir, f"{settings.dataset.name}-{settings.model.name}-{key[:16]}.answers")
@@ -78,9 +79,7 @@ def _pack(retrained: MeasuredFit) -> dict[str, Any]:
     }
 
 
-def _facts(
-    settings: Settings, factory: DataLoaderFactory, model: nn.Module, device: torch.device
-) -> dict[str, Any]:  # fmt: skip
+def _facts(settings: Settings, factory: DataLoaderFactory, model: nn.Module, device: torch.device) -> dict[str, Any]:
     """All that a figure of `model` on these images depends on; code that was edited has figures of its own."""
     return {
         "code": code_digest(),

@@ -31,9 +31,7 @@ class Retrained:
 class Retraining:
     """Trains pruned networks on the images of the selected classes, as the settings say."""
 
-    def __init__(
-        self, settings: Settings, factory: DataLoaderFactory, loaders: SubsetLoaders, device: torch.device
-    ):  # fmt: skip
+    def __init__(self, settings: Settings, factory: DataLoaderFactory, loaders: SubsetLoaders, device: torch.device):
         self.settings, self.factory, self.loaders, self.device = settings, factory, loaders, device
 
     def retrained(self, pruned: nn.Module, ratio: float, untouched: bool) -> Retrained:
