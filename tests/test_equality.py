@@ -117,7 +117,7 @@ def outcome(model: nn.Module, shape: tuple[int, int, int], pruner: str, residual
     """`equal` with the share of convolutions that lost filters, or the reason for a refusal. Wrong is an error."""
     graph = ModelGraph(model, shape, residual)
     if not graph.prunable:
-        return "refused: " + "; ".join(sorted(set(graph.left_out.values()), key=len)[:2])
+        return "refused: " + "; ".join(sorted(set(graph.left_out.values()), key=lambda why: (len(why), why))[:2])
     touched = set()
     for seed in range(DRAWS):
         indices = draw(graph, seed, (0.3, 0.7, 1.0)[seed])
