@@ -40,10 +40,11 @@ from data_places import require_dataset
 from environment import CODE
 from errors import BenchmarkError, ConfigError
 from identity import LENGTH, register_resolvers, run_identity
+from launchers import check_launcher, explain_launcher, require_launcher
 from run_status import STATUS, read_status
 from schema import listed, show
 from settings import CONFIG_DIR, check
-from sweep_plan import PlannedRun, dry_run, queue
+from sweep_plan import PlannedRun, dry_run, queue, state_of
 
 # Here, since whoever runs a job imports this module, in whatever process.
 register_resolvers()
@@ -56,7 +57,6 @@ MAX_JOBS_CHECKED = 256
 # Of a larger one nobody is told beforehand which runs there will be; each has a status from when it begins.
 MAX_JOBS_PLANNED = 4096
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-JOB_ENDED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError"}  # of launchers
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
                 errno.ELOOP}  # fmt: skip
 
@@ -166,12 +166,17 @@ def explain(error: BaseException) -> str | None:
         # Hydra says which override it is, and the error behind it says why
         parts = dict.fromkeys(" ".join(str(part).split()) for part in (error, error.__cause__) if part is not None)
         return "; ".join(part for part in parts if part)
-    if type(error).__name__ in JOB_ENDED:
-        return (
-            f"a job's process ended before its run was done ({' '.join(str(error).split())[:200]}); the same command "
-            "goes on with what is missing"
-        )
-    return _disk_problem(error)
+    return explain_launcher(error) or _short_of_memory(error) or _disk_problem(error)
+
+
+def _short_of_memory(error: BaseException) -> str | None:
+    said = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not re.search(r"can't allocate memory|out of memory", said):
+        return None
+    return (
+        f"memory: {said[:200] or 'there is too little'}; take fewer images at a time (training.batch_size_train, "
+        "training.batch_size_test, latency.batch_sizes) or a smaller dataset.image_size"
+    )
 
 
 def _no_such_choice(path: str, options: Sequence[str]) -> str:
@@ -213,11 +218,11 @@ class Plan:
 
     @property
     def failed(self) -> bool:
-        """Whether any run has: a launcher's jobs are other processes, which tell it by their status files alone."""
-        if self.runs:
-            return any(run.state == "failed" for run in self.runs)
+        """Whether any run has, or was not done; a launcher's jobs are other processes: only their status files tell."""
+        if self.runs:  # what is running is another command's
+            return any(run.state not in ("done", "running") for run in self.runs)
         found = (read_status(path.parent) for path in self.sweep_dir.glob(f"**/{STATUS}"))
-        return any(status is not None and status.state == "failed" for status in found)
+        return any(status is not None and state_of(status) in ("failed", "stopped") for status in found)
 
 
 def check_arguments(arguments: Sequence[str]) -> Plan | None:
@@ -251,6 +256,8 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan | None:
     parser = OverridesParser.create(_config_loader())
+    if unread := [argument for argument in arguments if argument.startswith("=")]:
+        raise ConfigError(f"{unread[0]}: cannot be read; write key=value")
     given = overrides = parser.parse_overrides(arguments)
     composer = _Composer(config_name)
     for value in itertools.chain.from_iterable(_values(override, parser) for override in overrides):
@@ -258,9 +265,13 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan 
     hydra_config = composer.hydra_config([_values(override, parser)[0] for override in overrides])
     multirun = multirun or hydra_config.mode == RunMode.MULTIRUN
     for key in ("run.dir", "sweep.dir"):
-        if not str(OmegaConf.select(hydra_config, key) or "").strip():
+        place = str(OmegaConf.select(hydra_config, key) or "").strip()
+        if not place:
             raise ConfigError(f"hydra.{key}: empty; give the folder where a run's files are to go")
+        if place.startswith("~"):
+            raise ConfigError(f"hydra.{key}: {show(place)}; ~ would be a folder of that name, write the path out")
     if multirun:
+        check_launcher(hydra_config)
         from_file = [f"{key}={value}" for key, value in (hydra_config.sweeper.get("params") or {}).items()]
         overrides = parser.parse_overrides(from_file) + overrides
     elif sweeps := [override for override in overrides if override.is_sweep_override()]:
@@ -280,6 +291,8 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan 
         if settings.sweep.dry_run:
             raise ConfigError("sweep.dry_run: true; lists the runs of a sweep, which needs --multirun")
         return None
+    if not settings.sweep.dry_run:
+        require_launcher(hydra_config)
     alternatives = [_values(override, parser) for override in overrides]
     sweep_dir = composer.sweep_dir([_values(override, parser)[0] for override in overrides], _task(given))
     if (count := math.prod(map(len, alternatives))) > MAX_JOBS_PLANNED:
@@ -360,8 +373,10 @@ class _Composer:
         """The configuration of a job, without Hydra's own part."""
         cfg = deepcopy(self._composed(job)[1])
         for override in filter(self._sets_a_value, job):
-            # force_add: `check` has the better message for a key that does not exist
-            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
+            # force_add: `check` has the better message for a key that does not exist, and no merging for other types
+            key, value = override.key_or_group, override.value()
+            merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(cfg, key))
+            OmegaConf.update(cfg, key, value, merge=merge, force_add=True)
         return cfg
 
     def sweep_dir(self, job: Sequence[Override], task: Sequence[str]) -> Path:

@@ -251,7 +251,7 @@ def controls(records: Iterable[Record], setting: Setting) -> dict[str, Estimate]
     for r in records:
         same = (task_of(r), r.model) == (setting.task, setting.model) and r.variant in cells.records
         if same and (r.stage, r.head) in CONTROLS and (r.stage == "dense" or r.ratio == 0):
-            found[r.stage, r.head, shaping(r)][block_of(r)].append(r.accuracy)
+            found[r.stage, r.head, shaping(r, r.stage)][block_of(r)].append(r.accuracy)
     resampling, order, told = Resampling(cells.blocks), list(CONTROLS), {}
     for stage, head, named in sorted(found, key=lambda key: (order.index(key[:2]), key[2])):
         values = found[stage, head, named]

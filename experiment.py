@@ -140,6 +140,7 @@ class Experiment:
             "widths_dense": self.widths,
             "layers_left_out": [layer for layer in graph.convs if layer in left_out],
             "dense_weights": weights_digest(dense.model),
+            "images": factory.fingerprint(),
             "training_seconds": dense.training_seconds,
         }
 

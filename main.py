@@ -14,9 +14,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from command_line import launch
+from errors import ConfigError
 from identity import run_identity
 from records import records_of
-from run_status import RunStatus
+from run_status import RunStatus, write_refused
 from settings import check
 
 if TYPE_CHECKING:
@@ -45,9 +46,14 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
     Raises:
         BenchmarkError: whatever the user can mend, before anything expensive where that is possible.
     """
-    settings = check(cfg)  # before torch is imported
     run_dir = Path(run_dir or HydraConfig.get().runtime.output_dir)
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        settings = check(cfg)  # before torch is imported
+    except ConfigError as error:
+        if in_sweep:  # a single run has a message to read, a sweep only what its runs left behind
+            write_refused(run_dir, run_identity(cfg), str(error))
+        raise
     with RunStatus(run_dir, run_identity(cfg), resume=settings.resume, wait=not in_sweep) as status:
         if not status.claimed:
             log.info("%s: left to the process that is at it", run_dir)
@@ -114,6 +120,7 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, status: RunStatus) 
             for found in budgeted:
                 experiment.measure_ratio(found.ratio, found.indices, pruner, found)
 
+        status.measured(len(experiment.records))
         written = write_report(run_dir)
         for path in written:
             log.info("Wrote %s", path)

@@ -154,6 +154,7 @@ def _member(
     threads: int,
 ) -> None:  # fmt: skip
     """What each process does. It ends by itself, also when it fails: PyTorch would leave files of what it raised."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # comes when the parent dies; a shell's background jobs ignore it
     try:
         _work(rank, folder, work, arguments, size, device, threads)
     except BenchmarkError as error:

@@ -133,6 +133,7 @@ class Record:
     retraining_images: int | None = None  # images seen, each epoch's counted
     scratch_seconds: float | None = None  # training the pruned architecture from random weights
     dense_weights: str | None = None  # sha256 of the dense network's weights: what all of the run started from
+    images: str | None = None  # fingerprint of the dataset's training, validation and test images
     training_seconds: float | None = None  # of the dense model, when it was trained: in this run or an earlier one
     environment_hash: str | None = None  # of environment.json
     filters_chosen_per_layer: dict[str, int]  # to be removed, layers that keep all left out
@@ -142,6 +143,7 @@ class Record:
     layers_left_out: tuple[str, ...] = ()  # layers of widths_dense that no filter was selected from, whatever the ratio
     saved_as: tuple[str, ...] = ()  # files of the network, in the run's directory
     warnings: tuple[str, ...] = ()
+    told_apart_by: tuple[str, ...] = ()  # settings that `variant` has from a comparison of several runs, as key=value
 
     def __post_init__(self) -> None:
         for field in fields(self):

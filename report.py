@@ -13,7 +13,7 @@ from pathlib import Path
 from disk import write_whole
 from errors import BenchmarkError
 from records import Record, read_records, write_csv
-from runs import RECORDS, Sweep, read_sweep
+from runs import RECORDS, Sweep, read_sweep, shown_run
 from tables import table
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 def write_report(run_dir: str | Path) -> list[Path]:
     """Write results.csv, plots/*.png and *.pdf and report.html from the records in `run_dir`; returns what was written.
 
-    Raises BenchmarkError for a folder without records. Plots show the last run of the file; a plot for which there are
-    no records yet is left out with a warning.
+    Raises BenchmarkError for a folder without records. Plots show one run of the file, see `shown_run`; a plot for
+    which there are no records yet is left out with a warning.
     """
     run_dir = Path(run_dir)
     return _write(run_dir, _records_of(run_dir))
@@ -36,12 +36,12 @@ def _write(run_dir: Path, records: list[Record]) -> list[Path]:
 
     write_csv(run_dir / "results.csv", records)
     written = [run_dir / "results.csv"]
-    last = [record for record in records if record.run_id == records[-1].run_id]
-    if older := len({record.run_id for record in records}) - 1:
-        log.warning("%s: %d earlier runs are in results.csv, but not in the plots", run_dir / RECORDS, older)
+    shown = shown_run(records, run_dir)
+    if others := len({record.run_id for record in records}) - 1:
+        log.warning("%s: %d other runs are in results.csv, but not in the plots", run_dir / RECORDS, others)
     pictures = {}
     for name, draw in PLOTS.items():
-        figure = draw(last)
+        figure = draw(shown)
         if figure is None:
             log.warning("plot %s: left out, no pruned model was recorded", name)
             continue
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if (run_dir / RECORDS).is_file() or not run_dir.is_dir():
             records = _records_of(run_dir)
-            written, told = _write(run_dir, records), table(records)
+            written, told = _write(run_dir, records), table(shown_run(records, run_dir))
         else:
             sweep = read_sweep(run_dir)
             written, told = _write_sweep(sweep), "\n".join(_told(sweep))

@@ -8,21 +8,25 @@ import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import get_type_hints
 
 from disk import HOST, disk_errors, is_running, write_whole
 from errors import BenchmarkError
 from locks import locked
 from neighbours import at_work
+from records import records_of
 
 log = logging.getLogger(__name__)
 
 STATUS, LOCK = "status.json", "run.lock"
 HEARTBEAT = 10.0  # seconds between signs of life
 SILENT = 90.0  # seconds without one, after which a run of another machine counts as stopped
+STATES = ("queued", "running", "done", "failed")
+MOST = 2**40  # no figure of a status is as large
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Status:
     heartbeat: float | None = None
     seconds: float = 0.0
     reason: str | None = None  # why it failed
+    records: int = 0  # how many the whole run has; 0 until all are written
 
     @property
     def stopped(self) -> bool:
@@ -51,15 +56,38 @@ class Status:
         return time.time() - (self.heartbeat or 0) > SILENT
 
 
+KINDS = {name: float | int if kind is float else kind for name, kind in get_type_hints(Status).items()}
+KINDS |= {name: float | int | None for name, kind in KINDS.items() if kind == float | None}
+
+
 def read_status(run_dir: str | Path) -> Status | None:
     """None where there is none, or none that can be read."""
     try:
         content = json.loads(Path(run_dir, STATUS).read_text(encoding="utf-8"))
-        known = {field.name for field in fields(Status)}
-        status = Status(**{name: value for name, value in content.items() if name in known})
-    except (OSError, ValueError, TypeError, AttributeError):
+        status = Status(**{name: value for name, value in content.items() if name in KINDS})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return status if isinstance(status.identity, str) and isinstance(status.state, str) else None
+    return status if _can_be(status) else None
+
+
+def _can_be(status: Status) -> bool:
+    values = {name: getattr(status, name) for name in KINDS}
+    if not all(isinstance(value, KINDS[name]) and not isinstance(value, bool) for name, value in values.items()):
+        return False
+    numbers = [value for value in values.values() if isinstance(value, int | float)]
+    return status.state in STATES and all(0 <= number < MOST for number in numbers) and status.pid != 0
+
+
+def is_whole(run_dir: Path, status: Status) -> bool:
+    """Whether a run that is done still has its records: a folder may have been cleared, or a file damaged."""
+    return status.state == "done" and len(records_of(run_dir, status.run_id or "")) >= max(status.records, 1)
+
+
+def write_refused(run_dir: Path, identity: str, reason: str) -> None:
+    """A run that could not begin, and why."""
+    with disk_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir, Status("failed", identity, reason=" ".join(reason.split())))
 
 
 def write_queued(run_dir: Path, identity: str) -> None:
@@ -103,8 +131,10 @@ class RunStatus:
         if earlier is not None and earlier.identity != self.identity:
             earlier = None
         self.status = earlier or Status("running", self.identity)
-        self.done = self.status.state == "done"
+        self.done = is_whole(self.run_dir, self.status)
         if not self.done:
+            if self.status.state == "done":
+                log.warning("%s: done, but not all of its records are there; they are measured again", self.run_dir)
             self._begin()
         return self
 
@@ -129,8 +159,12 @@ class RunStatus:
         self._put(origin=origin)
         return same
 
+    def measured(self, records: int) -> None:
+        """All of the run's records are written, and there are so many."""
+        self._put(records=records)
+
     def _begin(self) -> None:
-        if self.status.attempts:
+        if self.status.attempts and self.status.state in ("running", "failed"):
             told = f" It {'stopped' if self.status.state == 'running' else 'failed'} before"
             told += f": {self.status.reason}" if self.status.reason else ""
             log.info("Going on with %s.%s", self.run_dir, told)
@@ -138,7 +172,7 @@ class RunStatus:
         with self._change:
             self.status = replace(
                 self.status, state="running", run_id=self.status.run_id or _new_id(self.identity), host=HOST,
-                attempts=self.status.attempts + 1, pid=os.getpid(), began=now, heartbeat=now, reason=None,
+                attempts=self.status.attempts + 1, pid=os.getpid(), began=now, heartbeat=now, reason=None, records=0,
             )  # fmt: skip
             self._before = self.status.seconds
             _write(self.run_dir, self.status)

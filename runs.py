@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -74,33 +73,42 @@ def read_sweep(root: str | Path) -> Sweep:
             f"{root}: not one whole record in or below it; give the folder of a run or of a sweep, as "
             f"outputs/DATE/TIME or multirun/NAME{told}"
         )
-    problems += _other_networks(runs)
-    problems += _unfinished(root, {run.path for run in found})
+    problems += _other_origins(runs)
+    problems += _unfinished(root, {run.path: len(run.records) for run in found})
     problems += _gaps([record for run in runs for record in run.records])
     return Sweep(root, tuple(runs), tuple(problems))
 
 
-def _other_networks(runs: Sequence[Run]) -> list[str]:
-    """Where runs that would be paired did not start from one dense network, as those of one seed do."""
-    found: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+def _other_origins(runs: Sequence[Run]) -> list[str]:
+    """Where runs that would be paired did not start from one dense network and the same images."""
+    images: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    networks: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         first = run.records[0]
+        place = task_of(first), first.model, first.seed, shaping(first, "dense")
+        if first.images is not None:
+            images[place][first.images].append(run.name)
         if first.dense_weights is not None:
-            place = first.dataset, first.model, first.seed, shaping(replace(first, stage="dense"))
-            found[place][first.dense_weights].append(run.name)
+            networks[place][first.dense_weights].append(run.name)
+    told = {place: f"{len(found)} sets of images in its runs ({_examples(found)})" for place, found in images.items()
+            if len(found) > 1}  # fmt: skip
+    for place, found in networks.items():
+        if len(found) > 1 and place not in told:
+            told[place] = (
+                f"{len(found)} dense networks in its runs ({_examples(found)}); other weights, or training on another "
+                "machine, with another version or number of threads, make others"
+            )
     return [
-        f"{dataset}, {model}, seed {seed}: {len(networks)} dense networks in its runs ({_examples(networks)}), trained "
-        "by other numbers of threads, machines or versions; what is compared across them is no pair"
-        for (dataset, model, seed, _), networks in found.items()
-        if len(networks) > 1
+        f"{task}, {model}, seed {seed}: {what}; what is compared across them is no pair"
+        for (task, model, seed, _), what in told.items()
     ]
 
 
-def _examples(networks: dict[str, list[str]]) -> str:
-    return ", ".join(f"{digest[:8]} in {len(names)}, as {names[0]}" for digest, names in networks.items())
+def _examples(found: dict[str, list[str]]) -> str:
+    return ", ".join(f"{digest[:8]} in {len(names)}, as {names[0]}" for digest, names in found.items())
 
 
-def _unfinished(root: Path, recorded: set[Path]) -> list[str]:
+def _unfinished(root: Path, recorded: dict[Path, int]) -> list[str]:
     """What the status files say of runs that are not done, and which folders have neither records nor a status."""
     problems, known, queued = [], set(), 0
     for path in sorted(root.glob(f"**/{STATUS}"), key=_by_number):
@@ -113,11 +121,17 @@ def _unfinished(root: Path, recorded: set[Path]) -> list[str]:
             problems.append(f"{name}: failed{some}: {status.reason}")
         elif status.state == "running":
             problems.append(f"{name}: {'stopped' if status.stopped else 'under way'}{some}")
+        elif status.state == "done" and (left := recorded.get(path.parent, 0)) < max(status.records, 1):
+            problems.append(f"{name}: done, but {_gone(left, status.records)}; the same command measures them again")
     problems += [f"{queued} {'run has' if queued == 1 else 'runs have'} not begun"] * (queued > 0)
     for config in sorted(root.glob("**/.hydra"), key=_by_number):
-        if config.parent not in recorded | known:
+        if config.parent not in recorded.keys() | known:
             problems.append(f"{_name(root, config.parent)}: has no record yet; it failed, or is under way")
     return problems
+
+
+def _gone(left: int, written: int) -> str:
+    return f"only {left} of its {written} records are there" if left else "its records are gone"
 
 
 def _by_number(path: Path) -> list[tuple[int, int, str]]:
@@ -139,13 +153,32 @@ def _read_run(root: Path, path: Path, problems: list[str]) -> Run:
         problems.append(f"{name}: {RECORDS}, {first}" + (f" (and {len(others)} lines more)" if others else ""))
     if not records and not unread:
         problems.append(f"{name}: {RECORDS} is empty; the run failed, or is under way")
-    if older := {record.run_id for record in records} - {records[-1].run_id if records else ""}:
-        problems.append(f"{name}: {RECORDS} holds {len(older)} earlier runs, only the last is shown")
-        records = [record for record in records if record.run_id == records[-1].run_id]
+    shown = shown_run(records, path)
+    if (others := len({record.run_id for record in records}) - 1) > 0:
+        told = f"{others} other {'run' if others == 1 else 'runs'}, shown is {shown[0].run_id}, {len(shown)} records"
+        problems.append(f"{name}: {RECORDS} holds {told}")
     selections = _read(name, path / "selections.json", _selections, problems)
     environment = _read(name, path / "environment.json", _mapping, problems)
     overrides = _read(name, path / ".hydra" / "overrides.yaml", _overrides, problems)
-    return Run(path, name, tuple(records), selections or {}, environment or {}, overrides)
+    return Run(path, name, tuple(shown), selections or {}, environment or {}, overrides)
+
+
+def shown_run(records: Sequence[Record], run_dir: Path) -> list[Record]:
+    """Of the runs recorded in one folder, the one that counts.
+
+    The one that its status says is measured to the end; else, of the last one's configuration, the one that got
+    furthest, and of equals the last.
+    """
+    runs: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        runs[record.run_id].append(record)
+    if len(runs) < 2:
+        return list(records)
+    status = read_status(run_dir)
+    if status is not None and status.records and status.run_id in runs:
+        return runs[status.run_id]
+    same = [run for run in runs.values() if run[0].config_hash == records[-1].config_hash]
+    return max(reversed(same), key=len)
 
 
 def _read(name: str, path: Path, parse: Any, problems: list[str]) -> Any:
@@ -211,34 +244,31 @@ def _behind(run: Run, other: Run) -> str:
 
 
 # What is no part of a variant: where things go, what is measured, and what says which block or target it is.
-_NO_SETTING = {"cache_dir", "dataset.download", "dataset.num_workers", "dataset.root", "hydra", "latency",
-               "log_results", "pruning.pruning_ratio", "pruning.target", "resume", "run_name",
-               "sampling_seed", "save_pruned_models", "seed", "selected_classes", "subset", "sweep",
-               "wandb"}  # fmt: skip
+_NO_SETTING = {"cache_dir", "dataset.download", "dataset.num_workers", "hydra", "latency", "log_results",
+               "pruning.pruning_ratio", "pruning.target", "resume", "run_name", "sampling_seed",
+               "save_pruned_models", "seed", "selected_classes", "subset", "sweep", "wandb"}  # fmt: skip
+_PLACE = "dataset.root"  # a setting only where other images are found there
 
 
 def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
     """No two runs in one place of the comparison: they are told apart by settings, or all but one are left out."""
     varied: dict[tuple, set[str]] = defaultdict(set)
     for place, alike in _places(runs).items():
-        told = [_told(run) for run in alike]
-        for key in set().union(*told):
-            if len({settings.get(key) for settings in told}) > 1:
-                varied[place[:3]].add(key)
+        varied[place[:3]] |= _differing(alike)
     for alike in _same_task(runs).values():
-        told = {run.name: _told(run) for run in alike}
-        for key in set().union(*told.values()) - _IN_A_RECORD:
-            if len({settings.get(key) for settings in told.values()}) > 1:
-                for run in alike:
-                    first = run.records[0]
-                    if f" {key.rpartition('.')[2]}=" not in first.variant:  # else its name says it already
-                        varied[first.dataset, first.model, first.variant].add(key)
+        for key in _differing(alike) - _IN_A_RECORD:
+            for run in alike:
+                first = run.records[0]
+                if f" {key.rpartition('.')[2]}=" not in first.variant:  # else its name says it already
+                    varied[first.dataset, first.model, first.variant].add(key)
     named = []
     for run in runs:
         first, told = run.records[0], _told(run)
         keys = sorted(varied[first.dataset, first.model, first.variant] & told.keys())
-        variant = " ".join([first.variant, *(f"{key}={told[key]}" for key in keys)])
-        named.append(replace(run, records=tuple(replace(record, variant=variant) for record in run.records)))
+        settings = tuple(f"{key}={told[key]}" for key in keys)
+        variant = " ".join([first.variant, *settings])
+        records = tuple(replace(record, variant=variant, told_apart_by=settings) for record in run.records)
+        named.append(replace(run, records=records))
     lost = {}
     for place, alike in _places(named).items():
         best = max(alike, key=_progress)
@@ -250,6 +280,21 @@ def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
         for name, same in lost.items()
     ]
     return [run for run in named if run.name not in lost]
+
+
+def _differing(runs: Sequence[Run]) -> set[str]:
+    """The settings in which these runs differ, as their command lines say."""
+    told = [_told(run) for run in runs]
+    differing = {key for key in set().union(*told) if len({settings.get(key) for settings in told}) > 1}
+    return differing if _PLACE in differing and _read_other_images(runs) else differing - {_PLACE}
+
+
+def _read_other_images(runs: Iterable[Run]) -> bool:
+    """Whether two of one seed did: what a run reads depends on its seed."""
+    images: dict[int, set[str | None]] = defaultdict(set)
+    for run in runs:
+        images[run.records[0].seed].add(run.records[0].images)
+    return any(len(found) > 1 for found in images.values())
 
 
 # What every record says by itself, and comparisons and variants are made by.
@@ -283,14 +328,13 @@ _OF_RETRAINING = {"training.retrain_epochs", "training.lr_retrain"}
 _OF_NO_CONTROL = {"training.retrain_after_pruning", "training.train_pruned_from_scratch", "model.skip_first_layers"}
 
 
-def shaping(record: Record) -> tuple[str, ...]:
-    """Of the settings in a variant's name, those that shape the network of this stage though nothing is removed.
+def shaping(record: Record, stage: str) -> tuple[str, ...]:
+    """Of the settings that tell a variant's runs apart, those that shape the network of a stage with nothing removed.
 
-    What a method is told, and which images it reads, does not; see `read_sweep` for what stands in the name.
+    What a method is told, and which images it scores on, does not; see `read_sweep` for what these settings are.
     """
-    words = re.split(r" (?=[\w./@]+=)", record.variant)[1:]  # a value may hold spaces
-    keys = {word: word.partition("=")[0] for word in words}
-    without = _OF_NO_CONTROL if record.stage == "retrained" else _OF_NO_CONTROL | _OF_RETRAINING
+    keys = {word: word.partition("=")[0] for word in record.told_apart_by}
+    without = _OF_NO_CONTROL if stage == "retrained" else _OF_NO_CONTROL | _OF_RETRAINING
     return tuple(w for w, key in keys.items() if key.partition(".")[0] in _OF_THE_NETWORK and key not in without)
 
 

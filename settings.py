@@ -24,8 +24,8 @@ PATHS = {"cache_dir", "model.pretrained_weights_path", "pruning.scores_path", "p
 NAMED_GROUPS = ("pruning", "model", "dataset")
 IMAGENET_CLASSES = 1000
 
-Natural = Annotated[int, Within(0)]
-Positive = Annotated[int, Within(1)]
+Natural = Annotated[int, Within(0, below=2**31)]
+Positive = Annotated[int, Within(1, below=2**31)]
 PositiveNumber = Annotated[float, Within(0, above_low=True)]
 Share = Annotated[float, Within(0, below=1)]
 Text = Annotated[str, Matches(r"(?s).*\S.*", "not empty")]
@@ -65,10 +65,10 @@ class DatasetSettings:
     name: Text
     root: Text | None
     num_classes: Positive
-    image_size: Annotated[int, Within(32)]  # pixels; the models halve it five times
+    image_size: Annotated[int, Within(32, below=2**14)]  # pixels; the models halve it five times
     samples_per_class: Positive | None
     validation_fraction: Annotated[float, Within(0, below=1, above_low=True)]
-    num_workers: Natural
+    num_workers: Annotated[int, Within(0, below=1025)]
     download: bool
 
 
@@ -102,7 +102,7 @@ class LatencySettings:
     repeats: Positive
     warmup: Natural
     seconds: PositiveNumber
-    threads: Positive | None
+    threads: Annotated[int, Within(1, below=1025)] | None
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Settings:
     replace_last_layer: bool
     log_results: bool
     run_name: Text
-    device: Annotated[str, Matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")]
+    device: Annotated[str, Matches(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N")]
     seed: Annotated[int, Within(0, below=2**32)]
     sampling_seed: Annotated[int, Within(0, below=2**32)] | None
     inference_with_onnx: bool

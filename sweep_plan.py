@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_status import STATUS, Status, read_status, write_queued
+from run_status import STATUS, Status, is_whole, read_status, write_queued
 
 MOST_LISTED = 40  # runs that are told one by one
 
@@ -25,7 +25,12 @@ class PlannedRun:
     def state(self) -> str:
         """queued, running, stopped, done or failed; `queued` where another run's status is in the folder."""
         status = read_status(self.path)
-        return state_of(status) if status is not None and status.identity == self.identity else "queued"
+        return state_in(self.path, status) if status is not None and status.identity == self.identity else "queued"
+
+
+def state_in(run_dir: Path, status: Status) -> str:
+    """As the status says, but that a run is not done any more whose records are gone."""
+    return "stopped" if status.state == "done" and not is_whole(run_dir, status) else state_of(status)
 
 
 def state_of(status: Status) -> str:
@@ -57,7 +62,7 @@ def progress(root: str | Path) -> str | None:
     found = {path.parent: status for path in sorted(root.glob(f"**/{STATUS}")) if (status := read_status(path.parent))}
     if not found:
         return None
-    states = {path: state_of(status) for path, status in found.items()}
+    states = {path: state_in(path, status) for path, status in found.items()}
     counts = Counter(states.values())
     order = ("done", "running", "stopped", "failed", "queued")
     lines = [f"{len(found)} runs: " + ", ".join(f"{counts[state]} {state}" for state in order if counts[state])]

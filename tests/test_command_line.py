@@ -1,8 +1,11 @@
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 import command_line
+import run_status
 from command_line import check_arguments, explain
 from errors import ConfigError
+from run_status import Status, read_status, write_refused
 
 ROOT = Path(command_line.__file__).parent
 
@@ -85,7 +90,7 @@ BAD_INPUT = [
     (["log_results=1"], "log_results: 1; must be true or false"),
     (["latency.batch_sizes=[1,tests]"], 'latency.batch_sizes: "tests" in [1, "tests"]; must be a list of one or more'),
     (["latency.batch_sizes=[0]"], "latency.batch_sizes: 0 in [0]; must be"),
-    (["latency.threads=0"], "latency.threads: 0; must be an integer of at least 1 or null"),
+    (["latency.threads=0"], "latency.threads: 0; must be an integer of at least 1 and below 1025 or null"),
     (["latency.seconds=0"], "latency.seconds: 0; must be a number above 0"),
     (["wandb.mode=cloud"], 'wandb.mode: "cloud"; must be one of offline, online'),
     (["wandb.tags=[]"], "wandb.tags: []; must be"),
@@ -95,6 +100,22 @@ BAD_INPUT = [
     (["-m", "seed=range(5,5)"], "a sweep without values"),
     (["-m", "training.lr=interval(0,1)"], "a sweep needs single values"),
     (["hydra.mode=MULTIRUN", "seed=1,-2"], "[seed=-2] seed: -2"),
+    (["=3"], "=3: cannot be read; write key=value"),
+    (["hydra.run.dir='~/x'"], 'hydra.run.dir: "~/x"; ~ would be a folder of that name'),
+    (["selected_classes={a: 1}"], "selected_classes.a: 1; no such key"),
+    (["device=cuda:99999999999999999999"], "must be a text that is auto, cpu, cuda or cuda:N"),
+    (["dataset.image_size=100000000"], "dataset.image_size: 100000000; must be an integer of at least 32 and below"),
+    (["training.batch_size_test=1000000000000000000000"], "must be an integer of at least 1 and below 2147483648"),
+    (["latency.threads=100000"], "latency.threads: 100000; must be"),
+    (["dataset.num_workers=100000"], "dataset.num_workers: 100000; must be"),
+    (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size: 0; must be an integer of at least 1 or"),
+    (["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs: 0; must be a text that is a"),
+    (["-m", "hydra/launcher=joblib", "hydra.launcher.batch_size=-5"], 'launcher.batch_size: "-5"; must be a text that'),
+    (["-m", "hydra/launcher=joblib", "hydra.launcher.pre_dispatch=foo"], 'launcher.pre_dispatch: "foo"; must be a'),
+    (
+        ["-m", "hydra/launcher=joblib", "hydra.launcher.timeout=0"],
+        "hydra.launcher.timeout: 0.0; must be a number above",
+    ),
 ]
 
 
@@ -311,10 +332,76 @@ def test_a_sweep_too_large_to_plan_tells_of_failed_runs_by_their_files(tmp_path,
         assert plan.failed == (state == "failed")
 
 
-def test_a_jobs_process_that_ends_is_one_message():
-    class TerminatedWorkerError(Exception):
-        """As joblib's."""
+def test_runs_that_never_began_are_no_success(tmp_path):
+    """A launcher's jobs are other processes: of what they refuse, only the files tell."""
+    plan = check_arguments(["-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}"])
+    for run, state in zip(plan.runs, ("running", "queued"), strict=True):
+        run.path.mkdir()
+        status = Status(state, run.identity, host=run_status.HOST, pid=os.getpid())
+        (run.path / "status.json").write_text(json.dumps(asdict(status)))
+    assert plan.failed
+    write_refused(plan.runs[1].path, plan.runs[1].identity, "two\nlines")
+    assert plan.failed and read_status(plan.runs[1].path).reason == "two lines"
 
-    message = explain(TerminatedWorkerError("A worker process\nwas unexpectedly terminated"))
-    assert message.startswith("a job's process ended before its run was done (A worker process was unexpectedly")
-    assert "the same command goes on" in message
+
+LARGE = """
+import sys
+sys.path.insert(0, {root!r})
+import command_line, main
+command_line.MAX_JOBS_CHECKED = 3  # instead of some hundred jobs
+main._run = lambda *_: []
+if __name__ == "__main__":
+    sys.exit(command_line.launch(main.run))
+"""
+
+
+def test_a_job_that_is_refused_where_it_runs_leaves_the_reason(tmp_path):
+    """Of a large sweep not every job is checked beforehand, and a launcher's jobs tell by their files alone."""
+    (tmp_path / "job.py").write_text(LARGE.format(root=str(ROOT)))
+    swept = ["pruning.scoring_classes=complement,all", "selected_classes=[1,2],[0,1,2,3,4,5,6,7,8,9]"]
+    ended = execute([sys.executable, "job.py", "-m", *swept, "hydra.sweep.dir=sweep"], tmp_path)
+    assert ended.returncode == 1
+    found = [read_status(path.parent) for path in tmp_path.glob("sweep/*/status.json")]
+    assert len(found) == 4
+    (failed,) = [status for status in found if status.state == "failed"]
+    assert "leaves none to score on" in failed.reason
+
+
+class TerminatedWorkerError(Exception):
+    """As joblib's."""
+
+
+class FailedJobError(Exception):
+    """As submitit's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            TerminatedWorkerError("A worker process\nwas unexpectedly terminated"),
+            "a job's process ended before its run was done (A worker process was unexpectedly terminated); the same "
+            "command goes on with what is missing",
+        ),
+        (
+            FailedJobError("sbatch: error: Unable to contact\nslurm controller"),
+            "hydra/launcher: submitit_slurm; the cluster took no jobs (sbatch: error: Unable to contact slurm "
+            "controller)",
+        ),
+        (multiprocessing.TimeoutError(), "hydra.launcher.timeout: a run took longer, and the sweep was ended"),
+        (MemoryError(), "memory: there is too little; take fewer images at a time"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "memory: DefaultCPUAllocator: can't"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "memory: CUDA out of memory."),
+    ],
+)
+def test_what_ends_a_process_is_one_message(error, message):
+    assert explain(error).startswith(message)
+
+
+def test_without_slurm_its_launcher_is_refused_and_only_listing_goes(monkeypatch, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["-m", "seed=1,2", "hydra/launcher=submitit_slurm"]
+    with pytest.raises(ConfigError, match="submitit_slurm; no SLURM here"):
+        check_arguments(arguments)
+    assert len(check_arguments([*arguments, "sweep.dry_run=true"]).runs) == 2

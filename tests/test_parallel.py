@@ -182,14 +182,21 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_no_process_outlives_its_parent(end, tmp_path):
+@pytest.mark.parametrize(
+    ("end", "interrupts"),
+    [
+        (signal.SIGKILL, signal.SIG_IGN),  # as a shell has it for its jobs in the background
+        pytest.param(signal.SIGKILL, signal.SIG_DFL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, signal.SIG_DFL, marks=pytest.mark.slow),
+    ],
+)
+def test_no_process_outlives_its_parent(end, interrupts, tmp_path):
     (tmp_path / "endless.py").write_text(ENDLESS)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(
         [sys.executable, tmp_path / "endless.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=environment, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
     )  # fmt: skip
     assert [process.stdout.readline() for _ in range(2)] == ["here\n"] * 2
     process.send_signal(end)

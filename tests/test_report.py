@@ -232,7 +232,7 @@ def test_an_earlier_run_in_the_same_folder_is_not_mixed_into_the_plots(tmp_path,
     with caplog.at_level(logging.WARNING):
         report.write_report(tmp_path)
     assert [row.run_id for row in drawn[0]] == ["new", "new"]
-    assert "1 earlier runs are in results.csv, but not in the plots" in caplog.text
+    assert "1 other runs are in results.csv, but not in the plots" in caplog.text
     assert (tmp_path / "results.csv").read_text().count("\n") == 4
 
 

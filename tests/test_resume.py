@@ -114,6 +114,19 @@ def test_nothing_is_done_where_it_is_done(whole, shared, monkeypatch):
     assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("lines", [0, 4])
+def test_what_is_done_but_lost_its_records_goes_on(lines, whole, shared, tmp_path, monkeypatch, caplog):
+    root, overrides = whole
+    folder = tmp_path / "again"
+    kept = interrupted(root, folder, lines, state="done")
+    if not lines:
+        (folder / "records.jsonl").unlink()
+    monkeypatch.setattr("main._run", lambda cfg, settings, run_dir, status: status.run_id)  # what it does is known
+    assert job(shared, str(folder), *overrides) == read_status(root).run_id
+    assert "not all of its records are there" in caplog.text
+    assert not lines or (folder / "records.jsonl").read_bytes() == kept
+
+
 @pytest.mark.slow
 def test_without_resume_it_is_done_anew(whole, shared, tmp_path):
     root, overrides = whole
@@ -198,9 +211,18 @@ def test_damaged_scores_are_made_again(whole, shared, tmp_path, caplog):
 
 
 def test_a_status_that_cannot_be_read_is_none(tmp_path):
-    for content in ("", "[]", "{}", '{"state": 3, "identity": "x"}', '{"state": "done"', "null"):
+    good = {"state": "running", "identity": "x", "pid": 12, "seconds": 3, "heartbeat": None}
+    (tmp_path / "status.json").write_text(json.dumps(good))
+    assert read_status(tmp_path) == Status("running", "x", pid=12, seconds=3)
+    damages = {
+        "state": [3, "weird", None], "identity": [None, 3], "pid": ["12", 10**30, 0, -1, True, 1.5],
+        "attempts": [None, "1", -1], "seconds": [None, "long", 1e300, -1, float("nan")], "heartbeat": ["now", [], {}],
+        "reason": [3, []], "host": [3], "records": [None, "7"], "run_id": [7],
+    }  # fmt: skip
+    bad = [json.dumps(good | {name: value}) for name, values in damages.items() for value in values]
+    for content in ("", "[]", "{}", '{"state": 3, "identity": "x"}', '{"state": "done"', "null", 10**5 * "[", *bad):
         (tmp_path / "status.json").write_text(content)
-        assert read_status(tmp_path) is None
+        assert read_status(tmp_path) is None, content
     assert read_status(tmp_path / "nowhere") is None
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from errors import BenchmarkError
 from records import read_records
-from runs import read_sweep
+from runs import read_sweep, shaping, shown_run
 from tests.sample_sweeps import run_of, write_run, write_sweep
 
 
@@ -74,7 +74,12 @@ def damaged_environment(root):
     [
         (cut_short, 6, 41, "0: records.jsonl, line 7: not read: cut short, the run was interrupted"),
         (of_another_version, 6, 41, "0: records.jsonl, line 1: not read: schema 2; this version reads schema 4"),
-        (twice_in_a_file, 6, 42, "0: records.jsonl holds 1 earlier runs, only the last is shown"),
+        (
+            twice_in_a_file,
+            6,
+            42,
+            "0: records.jsonl holds 1 other run, shown is 2027-ocap-(0, 3, 6)-0-digits-resnet18, 7 records",
+        ),
         (twice_in_folders, 6, 42, "0: same configuration as 9, left out"),
         (empty, 5, 35, "0: records.jsonl is empty; the run failed, or is under way"),
         (failed, 5, 35, "0: has no record yet; it failed, or is under way"),
@@ -244,14 +249,80 @@ def test_other_classes_and_models_have_other_targets(tmp_path):
     assert read_sweep(tmp_path).problems == ()
 
 
-def test_runs_of_one_seed_that_started_from_other_networks_are_told(tmp_path):
-    write_sweep(tmp_path, subsets=1, seeds=2)
-    for path in tmp_path.glob("*/records.jsonl"):
-        digest = ("b" if path.parent.name == "1" else "a") * 64
-        records = [replace(record, dense_weights=digest) for record in read_records(path)]
+def from_other(root, field, name):
+    """A sweep whose run `name` differs from all others in what it started from."""
+    write_sweep(root, subsets=1, seeds=2)
+    for path in root.glob("*/records.jsonl"):
+        digest = ("b" if path.parent.name == name else "a") * 64
+        records = [replace(record, **{field: digest}) for record in read_records(path)]
         path.write_text("".join(record.to_json() + "\n" for record in records))
-    (problem,) = [text for text in read_sweep(tmp_path).problems if "dense networks" in text]
+
+
+@pytest.mark.parametrize(("field", "what"), [("dense_weights", "dense networks"), ("images", "sets of images")])
+def test_runs_of_one_seed_that_started_from_other_networks_or_images_are_told(field, what, tmp_path):
+    from_other(tmp_path, field, "1")
+    (problem,) = [text for text in read_sweep(tmp_path).problems if what in text]
     told = (
-        "digits, resnet18, seed 0: 2 dense networks in its runs (aaaaaaaa in 2, as 0, bbbbbbbb in 1, as 1), trained by"
+        f"digits, 3 random classes, resnet18, seed 0: 2 {what} in its runs (aaaaaaaa in 2, as 0, bbbbbbbb in 1, as 1)"
     )
-    assert problem.startswith(told)
+    assert problem.startswith(told) and problem.endswith("what is compared across them is no pair")
+
+
+def test_other_tasks_may_have_other_networks(tmp_path):
+    for number, classes in enumerate([(1, 2), (1, 2, 3)]):
+        records = [replace(record, dense_weights=f"{number}" * 64) for record in run_of("ocap", classes, 0)]
+        write_run(tmp_path / str(number), records, [f"training.epochs={number + 1}"])
+    assert read_sweep(tmp_path).problems == ()
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_images_of_another_place_are_another_setting_only_where_they_are_others(other, tmp_path):
+    for number, variant in enumerate(["ocap", "random"]):
+        digest = str(number * other) * 64
+        records = [replace(record, images=digest) for record in run_of(variant, (1, 2), 0)]
+        write_run(tmp_path / str(number), records, [f"dataset.root=/data {number}"])
+    sweep = read_sweep(tmp_path)
+    names = {"ocap dataset.root=/data 0", "random dataset.root=/data 1"} if other else {"ocap", "random"}
+    assert {record.variant for record in sweep.records} == names
+    assert not sweep.problems  # what a name says needs no other word
+
+
+@pytest.mark.parametrize("folder", ["/my nets/seed={}", "/my_nets/seed={}", "/a device=cpu/{}"])
+def test_controls_of_other_networks_are_never_one(folder, tmp_path):
+    """Whatever the path says: spaces and key=value in it are no settings."""
+    for variant in ("ocap", "random"):
+        for network in (1, 2):
+            records = changed(run_of(variant, (1, 2), 0), dense_weights=f"{network}" * 64)
+            told = ["training.train=false", f"model.pretrained_weights_path={folder.format(network)}/w.pt"]
+            write_run(tmp_path / f"{variant} {network}", records, told)
+    sweep = read_sweep(tmp_path)
+    found = {shaping(record, "dense") for record in sweep.records}
+    assert found == {(f"model.pretrained_weights_path={folder.format(network)}/w.pt",) for network in (1, 2)}
+    assert not sweep.problems
+
+
+def test_of_runs_in_one_file_the_one_measured_to_the_end_counts_then_the_one_that_got_furthest(tmp_path):
+    one = run_of("ocap", (1, 2), 0)
+    later = [replace(record, run_id="2027") for record in one[:3]]
+    write_run(tmp_path / "0", [*one, *later])
+    (run,) = read_sweep(tmp_path).runs
+    assert {record.run_id for record in run.records} == {one[0].run_id}
+    status = {"state": "running", "identity": "0", "run_id": "2027", "records": 3}
+    (tmp_path / "0" / "status.json").write_text(json.dumps(status))
+    (run,) = read_sweep(tmp_path).runs
+    assert {record.run_id for record in run.records} == {"2027"}
+    of_another_configuration = [replace(record, config_hash="f" * 64, run_id="2028") for record in one[:3]]
+    write_run(tmp_path / "1", [*one, *of_another_configuration])
+    assert shown_run(read_records(tmp_path / "1" / "records.jsonl"), tmp_path / "1") == of_another_configuration
+
+
+def test_a_run_that_is_done_and_lost_its_records_is_named(tmp_path):
+    write_sweep(tmp_path, subsets=1, seeds=1)
+    for name, written in (("0", 7), ("1", 7), ("2", 9)):
+        status = {"state": "done", "identity": name, "records": written}
+        (tmp_path / name / "status.json").write_text(json.dumps(status))
+    (tmp_path / "1" / "records.jsonl").unlink()
+    problems = read_sweep(tmp_path).problems
+    assert "1: done, but its records are gone; the same command measures them again" in problems
+    assert "2: done, but only 7 of its 9 records are there; the same command measures them again" in problems
+    assert not any(problem.startswith("0:") for problem in problems)
