@@ -40,8 +40,11 @@ class Setting:
     level: float
 
     def __str__(self) -> str:
-        budget = f"{100 * self.level:g} % of {BUDGETS[self.match]} removed" if self.match else f"ratio {self.level:g}"
-        return f"{self.task}, {self.model}, {budget}, {STAGES[self.stage]}"
+        return f"{self.task}, {self.model}, {self.budget}, {STAGES[self.stage]}"
+
+    @property
+    def budget(self) -> str:
+        return f"{100 * self.level:g} % of {BUDGETS[self.match]} removed" if self.match else f"ratio {self.level:g}"
 
 
 @dataclass(frozen=True)

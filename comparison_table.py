@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from comparison import (
     FEWEST_BLOCKS,
+    STAGES,
     Estimate,
     Setting,
     Standing,
@@ -71,14 +72,14 @@ def markdown(sweep: Sweep) -> str:
     return "\n".join(parts)
 
 
-def notes(records: Sequence[Record], setting: Setting, rows: Sequence[Standing]) -> list[str]:
-    """What a reader of a setting's table must know."""
+def notes(records: Sequence[Record], setting: Setting, rows: Sequence[Standing], compared: bool = True) -> list[str]:
+    """What a reader of a setting's table must know; of pairs only where variants are compared."""
     found = cells_of(records, setting)
     blocks = len(found.blocks)
-    told = [f"{blocks} {'pair' if blocks == 1 else 'pairs'} of subset and seed."] if rows else []
+    told = [f"{blocks} {'pair' if blocks == 1 else 'pairs'} of subset and seed."] if rows and compared else []
     if rows and (dense := controls(records, setting)):
         told.append(f"Nothing removed: {', '.join(f'{estimate(mean)} % {said}' for said, mean in dense.items())}.")
-    if 0 < blocks < FEWEST_BLOCKS:
+    if compared and 0 < blocks < FEWEST_BLOCKS:
         told.append(f"No intervals and no order: that takes {FEWEST_BLOCKS} pairs.")
     for variant, count in sorted(found.unmet.items()):
         kept = "" if variant in found.records else ", so that it is not in the table"
@@ -97,6 +98,24 @@ def words(sweep: Sweep) -> list[str]:
         if setting.stage != "scratch":
             last[setting.task, setting.model, setting.match, setting.level] = setting  # the later stage stays
     return [text for setting in last.values() if (text := sentence(sweep.records, setting))] + _area_words(sweep)
+
+
+def course(sweep: Sweep) -> list[tuple[str, list[Setting]]]:
+    """Of a single run, each stage in words and its settings: there is nothing to compare but how far it was pruned."""
+    found: dict[str, list[Setting]] = {}
+    for setting in settings_of(sweep.records):
+        found.setdefault(f"{setting.task}, {setting.model}, {STAGES[setting.stage]}", []).append(setting)
+    return list(found.items())
+
+
+def course_words(sweep: Sweep) -> list[str]:
+    """What a single run came to, a sentence a stage."""
+    told = []
+    for stage, settings in course(sweep):
+        rows = {setting.budget: standings(sweep.records, setting) for setting in settings}
+        met = [f"{estimate(rows[budget][0].accuracy)} % at {budget}" for budget in rows if rows[budget]]
+        told += [f"{stage}, on the selected classes: {', '.join(met)}."] if met else []
+    return told
 
 
 def sentence(records: Sequence[Record], setting: Setting) -> str:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from comparison import settings_of, standings
-from comparison_table import COLUMNS, MISSING, cells, notes, words
+from comparison_table import COLUMNS, MISSING, cells, course, course_words, notes, words
 from records import Record
 from runs import Sweep
 from tables import headline, stage_name
@@ -58,16 +58,20 @@ def page(sweep: Sweep, pictures: Mapping[str, bytes], title: str) -> str:
     """
     css, js = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     runs, records = len(sweep.runs), len(sweep.records)
+    single = runs == 1
+    intervals = (
+        ". Intervals: nominally 95 %, bootstrapped over subsets of classes and seeds, not corrected for the number of "
+        "pairs; places: what paired differences leave open."
+    )
     parts = [
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<link rel="icon" href="data:,"><style>{css}</style></head><body>',
         f"<h1>{escape(title)}</h1>",
-        f'<p class="note">{runs} {"run" if runs == 1 else "runs"}, {records} records. Intervals: nominally 95 %, '
-        "bootstrapped over subsets of classes and seeds, not corrected for the number of pairs; places: what paired "
-        "differences leave open.</p>",
-        '<nav><a href="#words">Summary</a><a href="#tables">Comparison</a><a href="#plots">Plots</a>'
+        f'<p class="note">{runs} {"run" if single else "runs"}, {records} records{"." if single else intervals}</p>',
+        f'<nav><a href="#words">Summary</a><a href="#tables">{"By ratio" if single else "Comparison"}</a>'
+        '<a href="#plots">Plots</a>'
         '<a href="#results">All results</a><a href="#made">How it was made</a></nav>',
         _words(sweep),
         _tables(sweep),
@@ -80,7 +84,7 @@ def page(sweep: Sweep, pictures: Mapping[str, bytes], title: str) -> str:
 
 
 def _words(sweep: Sweep) -> str:
-    said = words(sweep) or ["No pruned network was recorded yet."]
+    said = (course_words(sweep) if len(sweep.runs) == 1 else words(sweep)) or ["No pruned network was recorded yet."]
     missing = f"<h3>Not read, or missing</h3>{_list(sweep.problems)}" if sweep.problems else ""
     return f'<section id="words"><h2>Summary</h2>{_list(said)}{missing}</section>'
 
@@ -89,7 +93,25 @@ def _list(items: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
+def _course(sweep: Sweep) -> str:
+    """Of a single run a table a stage, a row a ratio or target, without what only a comparison has."""
+    kept = [index for index, title in enumerate(COLUMNS) if title not in ("place", "variant", "points over random")]
+    parts = ['<section id="tables"><h2>By ratio</h2>']
+    for stage, settings in course(sweep):
+        rows, told = [], {}
+        for setting in settings:
+            found = standings(sweep.records, setting)
+            rows += [[setting.budget, *(cells(row)[index] for index in kept)] for row in found]
+            told |= dict.fromkeys(notes(sweep.records, setting, found, compared=False))
+        parts.append(f"<h3>{escape(stage)}</h3>")
+        parts.append(_table(["asked for", *(COLUMNS[index] for index in kept)], rows))
+        parts += [f'<p class="note">{escape(note)}</p>' for note in told]
+    return "\n".join([*parts, "</section>"])
+
+
 def _tables(sweep: Sweep) -> str:
+    if len(sweep.runs) == 1:
+        return _course(sweep)
     parts = ['<section id="tables"><h2>Comparison</h2>']
     for setting in settings_of(sweep.records):
         rows = standings(sweep.records, setting)

@@ -119,7 +119,7 @@ def _unfinished(root: Path, recorded: dict[Path, int]) -> list[str]:
         queued += status.state == "queued"
         if status.state == "failed":
             problems.append(f"{name}: failed{some}: {status.reason}")
-        elif status.state == "running":
+        elif status.state == "running" and not status.records:  # else all is measured, and it writes its report
             problems.append(f"{name}: {'stopped' if status.stopped else 'under way'}{some}")
         elif status.state == "done" and (left := recorded.get(path.parent, 0)) < max(status.records, 1):
             problems.append(f"{name}: done, but {_gone(left, status.records)}; the same command measures them again")

@@ -15,6 +15,7 @@ import pytest
 
 import report
 from comparison_table import MISSING, markdown, sentence, tidy, words
+from disk import HOST
 from page import page
 from runs import read_sweep
 from sweep_plots import SWEEP_PLOTS
@@ -150,7 +151,22 @@ def test_names_cannot_become_markup(tmp_path):
 def test_a_single_run_has_a_page_as_well(tmp_path):
     write_run(tmp_path, run_of("ocap", (1, 2), 0))
     assert report.write_report(tmp_path)[-1] == tmp_path / "report.html"
-    assert "ocap: resnet18 on digits" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "ocap: resnet18 on digits" in text and "there is no other to compare it with" not in text
+    rows = [record for record in read_sweep(tmp_path).records if record.stage == "retrained" and record.target]
+    assert len(rows) == 2
+    for row in rows:
+        told = f"{100 * row.accuracy:.1f} % at {100 * row.target:g} % of MACs removed"
+        assert f"{100 * row.accuracy:.1f}</td>" in text and told in text
+
+
+def test_the_page_of_a_run_that_has_measured_everything_misses_nothing(tmp_path):
+    """It is written while the run is still under way."""
+    write_run(tmp_path, run_of("ocap", (1, 2), 0))
+    status = {"state": "running", "identity": "0", "pid": os.getpid(), "host": HOST}
+    for records, missing in ((0, True), (7, False)):
+        (tmp_path / "status.json").write_text(json.dumps(status | {"records": records}))
+        assert bool(read_sweep(tmp_path).problems) == missing
 
 
 def test_the_report_of_a_sweep_needs_no_torch(root):
