@@ -44,7 +44,7 @@ from launchers import check_launcher, explain_launcher, require_launcher
 from run_status import STATUS, read_status
 from schema import listed, show
 from settings import CONFIG_DIR, check
-from sweep_plan import PlannedRun, dry_run, queue, state_of
+from sweep_plan import PlannedRun, dry_run, queue, state_in
 
 # Here, since whoever runs a job imports this module, in whatever process.
 register_resolvers()
@@ -95,10 +95,10 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
         if planned is not None and planned.dry_run:
             print(dry_run(planned.runs))
             return 0
-        if planned is not None and planned.resume:
-            queue(planned.runs)
+        SweepReport.plan = planned
         with _errors_passed_on():
             hydra.main(version_base=VERSION_BASE, config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)(job)()
+        return 1 if failures or (planned is not None and planned.failed()) else 0
     except KeyboardInterrupt:
         if full_error:
             raise
@@ -113,11 +113,21 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
             raise
         print(message, file=sys.stderr)
         return 1
-    return 1 if failures or (planned is not None and planned.failed) else 0
 
 
 class SweepReport(Callback):
-    """Compares the runs of a sweep once they are through; config/config.yaml names it."""
+    """Queues the runs of a sweep, and compares them once they are through; config/config.yaml names it."""
+
+    plan: "Plan | None" = None  # of the one sweep of this process
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if self.plan is None:
+            return
+        try:
+            self.plan.begin(Path(config.hydra.sweep.dir))
+        except BenchmarkError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(1) from error  # of any other exception Hydra would make a warning
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         import report
@@ -171,7 +181,9 @@ def explain(error: BaseException) -> str | None:
 
 def _short_of_memory(error: BaseException) -> str | None:
     said = " ".join(str(error).split())
-    if not isinstance(error, MemoryError) and not re.search(r"can't allocate memory|out of memory", said):
+    if not isinstance(error, MemoryError) and not re.search(
+        r"(can't|cannot) allocate memory|out of memory", said, re.I
+    ):
         return None
     return (
         f"memory: {said[:200] or 'there is too little'}; take fewer images at a time (training.batch_size_train, "
@@ -207,22 +219,36 @@ def _in_making_a_folder(error: OSError) -> bool:
     return bool(frames) and frames[-1].name in ("mkdir", "makedirs")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """A sweep's folder, its runs (none where they are too many to tell), and what the command line wants of them."""
+    """A sweep's folder, its runs (none where they are too many to tell), and what the command line wants of them.
+
+    settled: whether the runs' folders are known beforehand, as they are not where time or launcher names them.
+    """
 
     sweep_dir: Path
     runs: tuple[PlannedRun, ...]
     dry_run: bool
     resume: bool
+    settled: bool = True
 
-    @property
+    def begin(self, sweep_dir: Path) -> None:
+        """Queue the runs in the folder that Hydra has chosen, which may be named by the time."""
+        self.runs = tuple(replace(run, path=sweep_dir / run.path.relative_to(self.sweep_dir)) for run in self.runs)
+        self.sweep_dir = sweep_dir
+        if self.resume and self.settled:
+            queue(self.runs)
+
     def failed(self) -> bool:
         """Whether any run has, or was not done; a launcher's jobs are other processes: only their status files tell."""
-        if self.runs:  # what is running is another command's
-            return any(run.state not in ("done", "running") for run in self.runs)
-        found = (read_status(path.parent) for path in self.sweep_dir.glob(f"**/{STATUS}"))
-        return any(status is not None and state_of(status) in ("failed", "stopped") for status in found)
+        states: dict[str, set[str]] = {}
+        for path in self.sweep_dir.glob(f"**/{STATUS}"):
+            if (status := read_status(path.parent)) is not None:
+                states.setdefault(status.identity, set()).add(state_in(path.parent, status))
+        if not self.runs:
+            return any("failed" in found for found in states.values())
+        ours = [states[run.identity] for run in self.runs if run.identity in states]
+        return any(not found & {"done", "running"} for found in ours)  # what is running is another command's
 
 
 def check_arguments(arguments: Sequence[str]) -> Plan | None:
@@ -302,7 +328,9 @@ def _check_jobs(arguments: list[str], multirun: bool, config_name: str) -> Plan 
     jobs = itertools.product(*alternatives)
     runs = tuple(composer.planned(number, job, sweep_dir) for number, job in enumerate(jobs))
     _refuse_shared_folders(runs)
-    return Plan(sweep_dir, runs, settings.sweep.dry_run, settings.resume)
+    subdir = str(hydra_config.sweep._get_node("subdir")._value())
+    settled = re.search(r"now:|job[.:]id", subdir) is None
+    return Plan(sweep_dir, runs, settings.sweep.dry_run, settings.resume, settled)
 
 
 def _refuse_shared_folders(runs: Sequence[PlannedRun]) -> None:
@@ -424,12 +452,19 @@ class _Composer:
         full.hydra.job.override_dirname = get_overrides_dirname(own, **full.hydra.job.config.override_dirname)
         with open_dict(full):
             full.merge_with(cfg)
-        return str(OmegaConf.select(full.hydra, key))
+        HydraConfig.instance().cfg = full  # where ${hydra:...} looks
+        try:
+            return str(OmegaConf.select(full.hydra, key))
+        finally:
+            HydraConfig.instance().cfg = self._composed(job)[0]
 
     def _composed(self, job: Sequence[Override]) -> tuple[DictConfig, DictConfig]:
         key = tuple(override.input_line for override in job if not self._sets_a_value(override))
         if key not in self.composed:
-            full = hydra.compose(self.config_name, overrides=list(key), return_hydra_config=True)
+            try:
+                full = hydra.compose(self.config_name, overrides=list(key), return_hydra_config=True)
+            except (AssertionError, AttributeError, TypeError) as error:  # as of hydra.sweeper.params={...}
+                raise ConfigError(f"{' '.join(key)}: Hydra cannot apply it ({error})") from error
             with open_dict(full.hydra):  # what Hydra fills in when a job starts
                 full.hydra.job.num, full.hydra.job.id, full.hydra.runtime.output_dir = 0, "0", "."
             HydraConfig.instance().set_config(full)

@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from command_line import launch
 from errors import ConfigError
@@ -52,7 +54,8 @@ def run(cfg: DictConfig, run_dir: str | Path | None = None) -> list[Record]:
         settings = check(cfg)  # before torch is imported
     except ConfigError as error:
         if in_sweep:  # a single run has a message to read, a sweep only what its runs left behind
-            write_refused(run_dir, run_identity(cfg), str(error))
+            with suppress(OmegaConfBaseException):  # what is refused may have no identity
+                write_refused(run_dir, run_identity(cfg), str(error))
         raise
     with RunStatus(run_dir, run_identity(cfg), resume=settings.resume, wait=not in_sweep) as status:
         if not status.claimed:

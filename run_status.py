@@ -18,7 +18,7 @@ from disk import HOST, disk_errors, is_running, write_whole
 from errors import BenchmarkError
 from locks import locked
 from neighbours import at_work
-from records import records_of
+from records import scan_records
 
 log = logging.getLogger(__name__)
 
@@ -74,20 +74,35 @@ def _can_be(status: Status) -> bool:
     values = {name: getattr(status, name) for name in KINDS}
     if not all(isinstance(value, KINDS[name]) and not isinstance(value, bool) for name, value in values.items()):
         return False
+    whole = [value for value in values.values() if isinstance(value, int)]
     numbers = [value for value in values.values() if isinstance(value, int | float)]
-    return status.state in STATES and all(0 <= number < MOST for number in numbers) and status.pid != 0
+    return (
+        status.state in STATES
+        and all(value >= 0 for value in whole)
+        and all(abs(value) < MOST for value in numbers)
+        and status.pid != 0
+    )
 
 
 def is_whole(run_dir: Path, status: Status) -> bool:
     """Whether a run that is done still has its records: a folder may have been cleared, or a file damaged."""
-    return status.state == "done" and len(records_of(run_dir, status.run_id or "")) >= max(status.records, 1)
+    if status.state != "done":
+        return False
+    try:
+        records, _ = scan_records(run_dir / "records.jsonl")
+    except BenchmarkError:
+        return False
+    return sum(record.run_id == status.run_id for record in records) >= max(status.records, 1)
 
 
 def write_refused(run_dir: Path, identity: str, reason: str) -> None:
-    """A run that could not begin, and why."""
-    with disk_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir, Status("failed", identity, reason=" ".join(reason.split())))
+    """A run that could not begin, and why; what earlier attempts at it left still counts."""
+    with locked(run_dir / LOCK, "at this run", wait=False) as free:
+        if free:
+            earlier = read_status(run_dir)
+            if earlier is None or earlier.identity != identity:
+                earlier = Status("failed", identity)
+            _write(run_dir, replace(earlier, state="failed", reason=" ".join(reason.split())))
 
 
 def write_queued(run_dir: Path, identity: str) -> None:
@@ -125,8 +140,15 @@ class RunStatus:
         self._at_work = at_work()
         self._lock = locked(self.run_dir / LOCK, "at this run", wait=self.wait)
         self.claimed = self._lock.__enter__()
-        if not self.claimed:
-            return self
+        try:
+            if self.claimed:
+                self._take_up()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def _take_up(self) -> None:
         earlier = read_status(self.run_dir) if self.resume else None
         if earlier is not None and earlier.identity != self.identity:
             earlier = None
@@ -136,7 +158,6 @@ class RunStatus:
             if self.status.state == "done":
                 log.warning("%s: done, but not all of its records are there; they are measured again", self.run_dir)
             self._begin()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
@@ -174,7 +195,7 @@ class RunStatus:
                 self.status, state="running", run_id=self.status.run_id or _new_id(self.identity), host=HOST,
                 attempts=self.status.attempts + 1, pid=os.getpid(), began=now, heartbeat=now, reason=None, records=0,
             )  # fmt: skip
-            self._before = self.status.seconds
+            self._before, self._since = self.status.seconds, time.monotonic()
             _write(self.run_dir, self.status)
         self._at_work.__enter__()
         self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -187,9 +208,8 @@ class RunStatus:
 
     def _put(self, **changes: object) -> None:
         with self._change:
-            now = time.time()
-            spent = self._before + now - self.status.began
-            self.status = replace(self.status, heartbeat=now, seconds=round(spent, 3), **changes)
+            spent = self._before + time.monotonic() - self._since
+            self.status = replace(self.status, heartbeat=time.time(), seconds=round(spent, 3), **changes)
             _write(self.run_dir, self.status)
 
     def _end(self, error: BaseException | None) -> None:

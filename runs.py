@@ -248,6 +248,7 @@ _NO_SETTING = {"cache_dir", "dataset.download", "dataset.num_workers", "hydra", 
                "pruning.pruning_ratio", "pruning.target", "resume", "run_name", "sampling_seed",
                "save_pruned_models", "seed", "selected_classes", "subset", "sweep", "wandb"}  # fmt: skip
 _PLACE = "dataset.root"  # a setting only where other images are found there
+_OF_IMAGES = {"dataset", "dataset_training", "experiment"}  # where settings stand that say which images are read
 
 
 def _set_apart(runs: Sequence[Run], problems: list[str]) -> list[Run]:
@@ -290,10 +291,13 @@ def _differing(runs: Sequence[Run]) -> set[str]:
 
 
 def _read_other_images(runs: Iterable[Run]) -> bool:
-    """Whether two of one seed did: what a run reads depends on its seed."""
-    images: dict[int, set[str | None]] = defaultdict(set)
+    """Whether two of one seed and the same other settings of the dataset did, as far as their records tell."""
+    images: dict[tuple, set[str]] = defaultdict(set)
     for run in runs:
-        images[run.records[0].seed].add(run.records[0].images)
+        first = run.records[0]
+        others = {key: v for key, v in _told(run).items() if key.partition(".")[0] in _OF_IMAGES and key != _PLACE}
+        if first.images is not None:
+            images[first.seed, tuple(sorted(others.items()))].add(first.images)
     return any(len(found) > 1 for found in images.values())
 
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +112,16 @@ BAD_INPUT = [
     (["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs: 0; must be a text that is a"),
     (["-m", "hydra/launcher=joblib", "hydra.launcher.batch_size=-5"], 'launcher.batch_size: "-5"; must be a text that'),
     (["-m", "hydra/launcher=joblib", "hydra.launcher.pre_dispatch=foo"], 'launcher.pre_dispatch: "foo"; must be a'),
+    (["-m", "hydra/launcher=joblib", "hydra.launcher.prefer=threads"], 'launcher.prefer: "threads"; must be processes'),
+    (
+        ["-m", "hydra/launcher=joblib", "hydra.launcher.require=sharedmem"],
+        'launcher.require: "sharedmem"; must be null',
+    ),
+    (["-m", "hydra/launcher=joblib", "hydra.launcher.max_nbytes=abc"], 'launcher.max_nbytes: "abc"; must be a text'),
+    (["-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=0"], "hydra.launcher.timeout_min: 0; must be"),
+    (["-m", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"], "tasks_per_node: 2; must be 1"),
+    (["-m", "hydra.launcher=null"], "hydra.launcher: null; choose with hydra/launcher=NAME"),
+    (["-m", "seed=1,2", "++hydra.sweeper.params.seed='4,5'"], "Hydra cannot apply it"),
     (
         ["-m", "hydra/launcher=joblib", "hydra.launcher.timeout=0"],
         "hydra.launcher.timeout: 0.0; must be a number above",
@@ -139,6 +149,10 @@ def test_bad_input_is_answered_in_one_message(arguments, fragment, monkeypatch):
         ["-m", "run_name=${hydra:job.num}", "seed=1,2", "pruning=ocap,random"],
         ["-m", "pruning.pruning_ratio=[0.1],[0.2,0.3]"],
         ["hydra.run.dir=elsewhere", "hydra.verbose=true"],
+        ["-m", "hydra/launcher=joblib", 'hydra.launcher.pre_dispatch="1.5*n_jobs"', "hydra.launcher.batch_size=auto"],
+        ["-m", "hydra/launcher=joblib", "hydra.launcher.pre_dispatch=n_jobs+1", "hydra.launcher.n_jobs=-2"],
+        ["-m", "hydra/launcher=joblib", "hydra.launcher.pre_dispatch=all", "hydra.launcher.timeout=2.5"],
+        ["-m", "hydra/launcher=submitit_local"],
         ["--cfg", "job", "no.such.key=1"],
         ["--help"],
     ],
@@ -159,6 +173,7 @@ def test_a_very_large_sweep_is_checked_for_every_value():
 def test_a_bug_is_no_message():
     assert explain(KeyError("x")) is None
     assert explain(FileNotFoundError(2, "No such file", "x")) is None
+    assert explain(TimeoutError("of a network")) is None
 
 
 def test_a_full_disk_is_recognised_behind_what_a_library_made_of_it():
@@ -325,23 +340,72 @@ def test_runs_that_would_share_a_folder_are_refused():
 def test_a_sweep_too_large_to_plan_tells_of_failed_runs_by_their_files(tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "MAX_JOBS_PLANNED", 1)
     plan = check_arguments(["-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}"])
-    assert plan.runs == () and not plan.failed
+    assert plan.runs == () and not plan.failed()
     for state in ("done", "failed"):
         (tmp_path / state).mkdir()
         (tmp_path / state / "status.json").write_text(json.dumps({"state": state, "identity": "x"}))
-        assert plan.failed == (state == "failed")
+        assert plan.failed() == (state == "failed")
 
 
 def test_runs_that_never_began_are_no_success(tmp_path):
     """A launcher's jobs are other processes: of what they refuse, only the files tell."""
     plan = check_arguments(["-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}"])
-    for run, state in zip(plan.runs, ("running", "queued"), strict=True):
-        run.path.mkdir()
-        status = Status(state, run.identity, host=run_status.HOST, pid=os.getpid())
-        (run.path / "status.json").write_text(json.dumps(asdict(status)))
-    assert plan.failed
-    write_refused(plan.runs[1].path, plan.runs[1].identity, "two\nlines")
-    assert plan.failed and read_status(plan.runs[1].path).reason == "two lines"
+    plan.begin(tmp_path)
+    first, second = (run.path for run in plan.runs)
+    working = Status("running", plan.runs[0].identity, run_id="r", attempts=2, host=run_status.HOST, pid=os.getpid())
+    (first / "status.json").write_text(json.dumps(asdict(working)))
+    assert plan.failed()  # the second is still queued
+    write_refused(second, plan.runs[1].identity, "two\nlines")
+    assert plan.failed() and read_status(second).reason == "two lines"
+    (second / "status.json").write_text(json.dumps(asdict(replace(working, identity=plan.runs[1].identity))))
+    assert not plan.failed()  # both are at work, of another command
+    write_refused(first, plan.runs[0].identity, "no")
+    assert read_status(first) == replace(working, state="failed", reason="no")  # what it had measured still counts
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["hydra.sweep.dir=o/${now:%S-%f}"],
+        ["hydra.sweep.subdir=${now:%S-%f}-${run_hash:}"],
+        ["hydra.sweep.subdir=${hydra.job.id}"],
+        ["hydra.sweep.subdir=${hydra:job.num}"],
+        ["hydra.sweep.subdir=${hydra.job.override_dirname}"],
+    ],
+)
+def test_a_good_sweep_ends_with_zero_wherever_its_runs_go(layout, tmp_path):
+    (tmp_path / "job.py").write_text(GOOD.format(root=str(ROOT)))
+    ended = execute([sys.executable, "job.py", "-m", "seed=1,2", "hydra.sweep.dir=o", *layout], tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    found = [read_status(path.parent) for path in tmp_path.glob("o/**/status.json")]
+    assert sorted(status.state for status in found) == ["done", "done"]
+
+
+def test_a_sweep_that_cannot_be_queued_is_one_message(tmp_path):
+    (tmp_path / "job.py").write_text(GOOD.format(root=str(ROOT)))
+    (tmp_path / "taken").touch()
+    ended = execute([sys.executable, "job.py", "-m", "seed=1,2", "hydra.sweep.dir=taken"], tmp_path)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and "taken" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+GOOD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import command_line, main
+from tests.sample_records import record
+
+def measured(cfg, settings, run_dir, status):
+    Path(run_dir, "records.jsonl").write_text(record(run_id=status.run_id).to_json() + "\\n")
+    status.measured(1)
+    return []
+
+main._run = measured
+command_line.SweepReport.on_multirun_end = lambda *_, **__: None
+if __name__ == "__main__":
+    sys.exit(command_line.launch(main.run))
+"""
 
 
 LARGE = """
@@ -389,6 +453,7 @@ class FailedJobError(Exception):
             "controller)",
         ),
         (multiprocessing.TimeoutError(), "hydra.launcher.timeout: a run took longer, and the sweep was ended"),
+        (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), "memory: unable to mmap"),
         (MemoryError(), "memory: there is too little; take fewer images at a time"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "memory: DefaultCPUAllocator: can't"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "memory: CUDA out of memory."),

@@ -234,6 +234,10 @@ def test_an_earlier_run_in_the_same_folder_is_not_mixed_into_the_plots(tmp_path,
     assert [row.run_id for row in drawn[0]] == ["new", "new"]
     assert "1 other runs are in results.csv, but not in the plots" in caplog.text
     assert (tmp_path / "results.csv").read_text().count("\n") == 4
+    shown = []
+    monkeypatch.setattr(report, "table", lambda records: shown.append(records) or "")
+    assert report.main([str(tmp_path)]) == 0
+    assert [row.run_id for row in shown[0]] == ["new", "new"]
 
 
 # The plots

@@ -14,10 +14,13 @@ import experiment
 import kept
 import retraining
 import run_status
+from errors import BenchmarkError
 from kept import load_checked
+from locks import locked
 from records import read_records
-from run_status import Status, read_status
+from run_status import LOCK, RunStatus, Status, is_whole, read_status
 from scores import SCORES
+from sweep_plan import progress
 from tests.test_main import job
 
 MEASURED = {"environment_hash", "run_id", "times", "removal_seconds", "removal_peak_bytes", "retraining_seconds",
@@ -106,6 +109,25 @@ def test_a_line_cut_short_is_measured_again(whole, tmp_path, shared):
     assert figures(read_records(folder / "records.jsonl")) == figures(read_records(root / "records.jsonl"))
 
 
+def test_records_say_what_images_they_are_of(whole):
+    root, _ = whole
+    around = json.loads((root / "environment.json").read_text())
+    assert {record.images for record in read_records(root / "records.jsonl")} == {around["data"]["fingerprint"]}
+
+
+def test_what_cannot_be_read_is_not_whole_and_locks_nobody_out(whole, tmp_path):
+    root, _ = whole
+    status = read_status(root)
+    (tmp_path / "records.jsonl").mkdir()
+    assert is_whole(root, status) and not is_whole(tmp_path, status)
+    (tmp_path / "status.json").mkdir()  # so that the run cannot say that it begins
+    for _ in range(2):
+        with pytest.raises(BenchmarkError), RunStatus(tmp_path, "x", resume=True, wait=False):
+            pass
+    with locked(tmp_path / LOCK, "", wait=False) as free:
+        assert free
+
+
 def test_nothing_is_done_where_it_is_done(whole, shared, monkeypatch):
     root, overrides = whole
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
@@ -121,9 +143,11 @@ def test_what_is_done_but_lost_its_records_goes_on(lines, whole, shared, tmp_pat
     kept = interrupted(root, folder, lines, state="done")
     if not lines:
         (folder / "records.jsonl").unlink()
+    assert progress(folder).startswith("1 runs: 1 stopped") and progress(root).startswith("1 runs: 1 done")
     monkeypatch.setattr("main._run", lambda cfg, settings, run_dir, status: status.run_id)  # what it does is known
     assert job(shared, str(folder), *overrides) == read_status(root).run_id
     assert "not all of its records are there" in caplog.text
+    assert read_status(folder).records == 0  # until all are written again
     assert not lines or (folder / "records.jsonl").read_bytes() == kept
 
 
@@ -216,7 +240,7 @@ def test_a_status_that_cannot_be_read_is_none(tmp_path):
     assert read_status(tmp_path) == Status("running", "x", pid=12, seconds=3)
     damages = {
         "state": [3, "weird", None], "identity": [None, 3], "pid": ["12", 10**30, 0, -1, True, 1.5],
-        "attempts": [None, "1", -1], "seconds": [None, "long", 1e300, -1, float("nan")], "heartbeat": ["now", [], {}],
+        "attempts": [None, "1", -1], "seconds": [None, "long", 1e300, float("nan")], "heartbeat": ["now", [], {}],
         "reason": [3, []], "host": [3], "records": [None, "7"], "run_id": [7],
     }  # fmt: skip
     bad = [json.dumps(good | {name: value}) for name, values in damages.items() for value in values]

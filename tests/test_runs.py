@@ -268,6 +268,16 @@ def test_runs_of_one_seed_that_started_from_other_networks_or_images_are_told(fi
     assert problem.startswith(told) and problem.endswith("what is compared across them is no pair")
 
 
+def test_other_images_are_the_one_reason_told(tmp_path):
+    from_other(tmp_path, "images", "1")
+    shutil.move(tmp_path / "0", tmp_path / "kept")
+    for path in tmp_path.glob("*/records.jsonl"):
+        records = [replace(record, dense_weights=record.images) for record in read_records(path)]
+        path.write_text("".join(record.to_json() + "\n" for record in records))
+    assert sum("sets of images" in text for text in read_sweep(tmp_path).problems) == 1
+    assert not any("dense networks" in text for text in read_sweep(tmp_path).problems)
+
+
 def test_other_tasks_may_have_other_networks(tmp_path):
     for number, classes in enumerate([(1, 2), (1, 2, 3)]):
         records = [replace(record, dense_weights=f"{number}" * 64) for record in run_of("ocap", classes, 0)]
@@ -285,6 +295,22 @@ def test_images_of_another_place_are_another_setting_only_where_they_are_others(
     names = {"ocap dataset.root=/data 0", "random dataset.root=/data 1"} if other else {"ocap", "random"}
     assert {record.variant for record in sweep.records} == names
     assert not sweep.problems  # what a name says needs no other word
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_images_that_another_setting_or_seed_changes_say_nothing_of_their_place(known, tmp_path):
+    """Each seed was run on another machine, with the same files elsewhere; one record is of an earlier version."""
+    for seed in (0, 1):
+        for size in (32, 64):
+            for variant in ("ocap", "random"):
+                told = [f"dataset.root=/s{seed}", f"dataset.image_size={size}"]
+                digest = f"{seed}{size}" if known or variant == "ocap" else None
+                records = changed(run_of(variant, (1, 2), seed), images=digest)
+                records = [replace(record, config_hash=f"{size}{seed}{variant}") for record in records]
+                write_run(tmp_path / f"{variant} {seed} {size}", records, told)
+    sweep = read_sweep(tmp_path)
+    names = {f"{variant} dataset.image_size={size}" for variant in ("ocap", "random") for size in (32, 64)}
+    assert {record.variant for record in sweep.records} == names and not sweep.problems
 
 
 @pytest.mark.parametrize("folder", ["/my nets/seed={}", "/my_nets/seed={}", "/a device=cpu/{}"])
@@ -307,7 +333,11 @@ def test_of_runs_in_one_file_the_one_measured_to_the_end_counts_then_the_one_tha
     write_run(tmp_path / "0", [*one, *later])
     (run,) = read_sweep(tmp_path).runs
     assert {record.run_id for record in run.records} == {one[0].run_id}
-    status = {"state": "running", "identity": "0", "run_id": "2027", "records": 3}
+    status = {"state": "running", "identity": "0", "run_id": "2027", "records": 0}
+    (tmp_path / "0" / "status.json").write_text(json.dumps(status))
+    (run,) = read_sweep(tmp_path).runs
+    assert {record.run_id for record in run.records} == {one[0].run_id}
+    status["records"] = 3
     (tmp_path / "0" / "status.json").write_text(json.dumps(status))
     (run,) = read_sweep(tmp_path).runs
     assert {record.run_id for record in run.records} == {"2027"}
