@@ -367,10 +367,10 @@ def test_runs_that_never_began_are_no_success(tmp_path):
     "layout",
     [
         ["hydra.sweep.dir=o/${now:%S-%f}"],
-        ["hydra.sweep.subdir=${now:%S-%f}-${run_hash:}"],
+        pytest.param(["hydra.sweep.subdir=${now:%S-%f}-${run_hash:}"], marks=pytest.mark.slow),
         ["hydra.sweep.subdir=${hydra.job.id}"],
-        ["hydra.sweep.subdir=${hydra:job.num}"],
-        ["hydra.sweep.subdir=${hydra.job.override_dirname}"],
+        pytest.param(["hydra.sweep.subdir=${hydra:job.num}"], marks=pytest.mark.slow),
+        pytest.param(["hydra.sweep.subdir=${hydra.job.override_dirname}"], marks=pytest.mark.slow),
     ],
 )
 def test_a_good_sweep_ends_with_zero_wherever_its_runs_go(layout, tmp_path):

@@ -211,6 +211,7 @@ def a_core_kept_busy():
         busy.wait()
 
 
+@pytest.mark.slow
 def test_twice_the_layers_take_twice_the_time_beside_a_busy_neighbour():
     images = torch.randn(4, 32, 32, 32)
     single, twice = (torch_pass(laid_out(convolutions(layers), CPU), images) for layers in (8, 16))

@@ -99,6 +99,7 @@ def test_the_same_run_again_trains_nothing_and_finds_the_same(first, shared, cap
     assert any("cache" in message and ".pt" in message for message in caplog.messages)
 
 
+@pytest.mark.slow
 def test_an_unsorted_list_of_classes_gives_the_same_figures_per_class(first, shared):
     """Enough classes, epochs and learning that sums in another order would end in another network."""
     longer = ["training.retrain_epochs=3", "training.lr_retrain=0.05", "pruning.pruning_ratio=0.8"]
@@ -246,6 +247,7 @@ def test_classes_by_name_are_the_same_classes(first, shared):
     assert [r.accuracy_per_class for r in named] == [r.accuracy_per_class for r in pruned]
 
 
+@pytest.mark.slow
 def test_without_head_replacement_all_logits_stay(first, shared):
     kept = job(shared, "kept", "replace_last_layer=false", WITHOUT_RETRAINING)
     dense, untouched = kept[0], kept[1]
