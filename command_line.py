@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,9 @@ from environment import CODE
 from errors import BenchmarkError, ConfigError
 from identity import LENGTH, register_resolvers, run_identity
 from launchers import check_launcher, explain_launcher, require_launcher
-from run_status import STATUS, read_status
 from schema import listed, show
 from settings import CONFIG_DIR, check
-from sweep_plan import PlannedRun, dry_run, queue, state_in
+from sweep_plan import Plan, PlannedRun, dry_run
 
 # Here, since whoever runs a job imports this module, in whatever process.
 register_resolvers()
@@ -118,7 +117,7 @@ def launch(run: Callable[[DictConfig], Any]) -> int:
 class SweepReport(Callback):
     """Queues the runs of a sweep, and compares them once they are through; config/config.yaml names it."""
 
-    plan: "Plan | None" = None  # of the one sweep of this process
+    plan: Plan | None = None  # of the one sweep of this process
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if self.plan is None:
@@ -217,38 +216,6 @@ def _in_making_a_folder(error: OSError) -> bool:
     """Whether a folder could not be made: below /proc, for one, that is answered by `no such file`."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and frames[-1].name in ("mkdir", "makedirs")
-
-
-@dataclass
-class Plan:
-    """A sweep's folder, its runs (none where they are too many to tell), and what the command line wants of them.
-
-    settled: whether the runs' folders are known beforehand, as they are not where time or launcher names them.
-    """
-
-    sweep_dir: Path
-    runs: tuple[PlannedRun, ...]
-    dry_run: bool
-    resume: bool
-    settled: bool = True
-
-    def begin(self, sweep_dir: Path) -> None:
-        """Queue the runs in the folder that Hydra has chosen, which may be named by the time."""
-        self.runs = tuple(replace(run, path=sweep_dir / run.path.relative_to(self.sweep_dir)) for run in self.runs)
-        self.sweep_dir = sweep_dir
-        if self.resume and self.settled:
-            queue(self.runs)
-
-    def failed(self) -> bool:
-        """Whether any run has, or was not done; a launcher's jobs are other processes: only their status files tell."""
-        states: dict[str, set[str]] = {}
-        for path in self.sweep_dir.glob(f"**/{STATUS}"):
-            if (status := read_status(path.parent)) is not None:
-                states.setdefault(status.identity, set()).add(state_in(path.parent, status))
-        if not self.runs:
-            return any("failed" in found for found in states.values())
-        ours = [states[run.identity] for run in self.runs if run.identity in states]
-        return any(not found & {"done", "running"} for found in ours)  # what is running is another command's
 
 
 def check_arguments(arguments: Sequence[str]) -> Plan | None:

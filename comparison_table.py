@@ -113,8 +113,11 @@ def course_words(sweep: Sweep) -> list[str]:
     told = []
     for stage, settings in course(sweep):
         rows = {setting.budget: standings(sweep.records, setting) for setting in settings}
-        met = [f"{estimate(rows[budget][0].accuracy)} % at {budget}" for budget in rows if rows[budget]]
-        told += [f"{stage}, on the selected classes: {', '.join(met)}."] if met else []
+        figures = [
+            f"{estimate(found[0].accuracy)} % at {budget}" if found else f"{budget}: target not met"
+            for budget, found in rows.items()
+        ]
+        told.append(f"{stage}, on the selected classes: {', '.join(figures)}.")
     return told
 
 

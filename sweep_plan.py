@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from run_status import STATUS, Status, is_whole, read_status, write_queued
@@ -26,6 +26,38 @@ class PlannedRun:
         """queued, running, stopped, done or failed; `queued` where another run's status is in the folder."""
         status = read_status(self.path)
         return state_in(self.path, status) if status is not None and status.identity == self.identity else "queued"
+
+
+@dataclass
+class Plan:
+    """A sweep's folder, its runs (none where they are too many to tell), and what the command line wants of them.
+
+    settled: whether the runs' folders are known beforehand, as they are not where time or launcher names them.
+    """
+
+    sweep_dir: Path
+    runs: tuple[PlannedRun, ...]
+    dry_run: bool
+    resume: bool
+    settled: bool = True
+
+    def begin(self, sweep_dir: Path) -> None:
+        """Queue the runs in the folder that Hydra has chosen, which may be named by the time."""
+        self.runs = tuple(replace(run, path=sweep_dir / run.path.relative_to(self.sweep_dir)) for run in self.runs)
+        self.sweep_dir = sweep_dir
+        if self.resume and self.settled:
+            queue(self.runs)
+
+    def failed(self) -> bool:
+        """Whether any run has, or was not done; a launcher's jobs are other processes: only their status files tell."""
+        states: dict[str, set[str]] = {}
+        for path in self.sweep_dir.glob(f"**/{STATUS}"):
+            if (status := read_status(path.parent)) is not None:
+                states.setdefault(status.identity, set()).add(state_in(path.parent, status))
+        if not self.runs:
+            return any("failed" in found for found in states.values())
+        ours = [states[run.identity] for run in self.runs if run.identity in states]
+        return any(not found & {"done", "running"} for found in ours)  # what is running is another command's
 
 
 def state_in(run_dir: Path, status: Status) -> str:

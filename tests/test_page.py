@@ -160,6 +160,13 @@ def test_a_single_run_has_a_page_as_well(tmp_path):
         assert f"{100 * row.accuracy:.1f}</td>" in text and told in text
 
 
+def test_a_single_run_that_missed_its_target_says_so(tmp_path):
+    write_run(tmp_path, run_of("ocap", (1, 2), 0, targets=(0.3, 0.6), unreached=(0.3, 0.6)))
+    text = page(read_sweep(tmp_path), {}, "title")
+    assert "30 % of MACs removed: target not met, 60 % of MACs removed: target not met." in text
+    assert "No pruned network" not in text and "ocap missed the target in 1 run" in text
+
+
 def test_the_page_of_a_run_that_has_measured_everything_misses_nothing(tmp_path):
     """It is written while the run is still under way."""
     write_run(tmp_path, run_of("ocap", (1, 2), 0))
